@@ -13,7 +13,7 @@ mod visit;
 
 pub use error::{Error, Result};
 pub use glob::Glob;
-pub use lora_derive::{LoraTargets, targets};
+pub use lora_derive::LoraTargets;
 pub use path::ModulePath;
 pub use registry::{Registration, registry};
 pub use targets::LoraTargets;
@@ -23,8 +23,9 @@ pub use visit::Visitor;
 /// Not public API. Used by generated code.
 #[doc(hidden)]
 pub mod __private {
-    pub use crate::suggest::{Message, no_match};
+    pub use crate::suggest::check_target;
     pub use inventory;
+    pub use lora_derive::targets;
 }
 
 extern crate self as lora_core;
