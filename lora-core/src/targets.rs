@@ -10,11 +10,7 @@ use candle_core::{Var, backprop::GradStore};
 
 use crate::{
     LinearLoRA, LoraReport, LoraSite, ModulePath, PeftConfig, Result, adapter_folder, apply,
-    gradients,
-    nn::Linear,
-    survey::Survey,
-    tree::TargetTree,
-    visit::Visitor,
+    gradients, nn::Linear, survey::Survey, tree::TargetTree, visit::Visitor,
 };
 
 /// A model, or a part of one, whose linear layers can be adapted.

@@ -21,21 +21,21 @@ impl Adaptable for nn::Linear {}
     label = "use `lora_core::nn::Embedding`"
 )]
 pub trait Freezable {}
-impl Freezable for nn::Embedding {}
+impl Freezable for nn::Linear {}
 
 #[diagnostic::on_unimplemented(
     message = "the forward pass of `candle_nn::RmsNorm` silently cuts the gradient",
     label = "use `lora_core::nn::RmsNorm`"
 )]
 pub trait RmsNormWithGradient {}
-impl RmsNormWithGradient for nn::RmsNorm {}
+impl RmsNormWithGradient for nn::Linear {}
 
 #[diagnostic::on_unimplemented(
     message = "the forward pass of `candle_nn::LayerNorm` silently cuts the gradient",
     label = "use `lora_core::nn::LayerNorm`"
 )]
 pub trait LayerNormWithGradient {}
-impl LayerNormWithGradient for nn::LayerNorm {}
+impl LayerNormWithGradient for nn::Linear {}
 
 #[diagnostic::on_unimplemented(
     message = "what is behind an `Arc` is shared and can't be adapted",
@@ -45,7 +45,7 @@ pub trait Owned {}
 impl Owned for nn::Linear {}
 
 macro_rules! refused {
-    ($($([$T:ident])? $ty:ty, $bound:ident;)*) => {$(
+    ($($(for<$T:ident>)? ($ty:ty): $bound:ident;)*) => {$(
         impl $(<$T: ?Sized>)? LoraTargets for $ty
         where
             for<'a> &'a $ty: $bound,
@@ -60,9 +60,9 @@ macro_rules! refused {
 }
 
 refused! {
-    candle_nn::Linear, Adaptable;
-    candle_nn::Embedding, Freezable;
-    candle_nn::RmsNorm, RmsNormWithGradient;
-    candle_nn::LayerNorm, LayerNormWithGradient;
-    [T] Arc<T>, Owned;
+    (candle_nn::Linear): Adaptable;
+    (candle_nn::Embedding): Freezable;
+    (candle_nn::RmsNorm): RmsNormWithGradient;
+    (candle_nn::LayerNorm): LayerNormWithGradient;
+    for<T> (Arc<T>): Owned;
 }
