@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 
 use crate::{
     ModulePath, Result,
-    nn::Linear,
+    nn::{Embedding, LayerNorm, Linear, RmsNorm},
     tree::{Field, TargetTree},
     visit::Visitor,
 };
@@ -60,7 +60,7 @@ macro_rules! layers_without_targets {
     )*};
 }
 
-layers_without_targets!();
+layers_without_targets!(Embedding, LayerNorm, RmsNorm);
 
 /// Types that hold nothing to adapt and nothing to freeze.
 macro_rules! leaves {
