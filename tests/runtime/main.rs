@@ -1,3 +1,4 @@
 //! The runtime: configuration, the adapted linear layer, the verbs of a model, adapter folders.
 
 mod linear;
+mod model;
