@@ -21,21 +21,21 @@ impl Adaptable for nn::Linear {}
     label = "use `lora_core::nn::Embedding`"
 )]
 pub trait Freezable {}
-impl Freezable for nn::Linear {}
+impl Freezable for nn::Embedding {}
 
 #[diagnostic::on_unimplemented(
     message = "the forward pass of `candle_nn::RmsNorm` silently cuts the gradient",
     label = "use `lora_core::nn::RmsNorm`"
 )]
 pub trait RmsNormWithGradient {}
-impl RmsNormWithGradient for nn::Linear {}
+impl RmsNormWithGradient for nn::RmsNorm {}
 
 #[diagnostic::on_unimplemented(
     message = "the forward pass of `candle_nn::LayerNorm` silently cuts the gradient",
     label = "use `lora_core::nn::LayerNorm`"
 )]
 pub trait LayerNormWithGradient {}
-impl LayerNormWithGradient for nn::Linear {}
+impl LayerNormWithGradient for nn::LayerNorm {}
 
 #[diagnostic::on_unimplemented(
     message = "what is behind an `Arc` is shared and can't be adapted",
