@@ -7,6 +7,7 @@ mod support;
 mod containers;
 mod generics;
 mod hygiene;
+mod many_names;
 mod matcher;
 mod messages;
 mod names;

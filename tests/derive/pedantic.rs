@@ -1,5 +1,8 @@
 //! A model in a crate with the strictest lints: the derive adds no warning of its own.
+#![forbid(unsafe_code)]
 #![deny(
+    warnings,
+    non_local_definitions,
     clippy::pedantic,
     clippy::nursery,
     missing_docs,
