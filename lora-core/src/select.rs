@@ -44,7 +44,7 @@ pub(crate) fn select<M: LoraTargets>(config: &PeftConfig, sites: &[Site]) -> Res
 
 /// A pattern that runs over whole paths.
 enum Pattern<'a> {
-    Glob(Glob<'a>),
+    Glob(Box<Glob<'a>>),
     Regex(Regex),
 }
 
@@ -62,7 +62,7 @@ impl<'a> Pattern<'a> {
                 "`{text}` is no pattern: it must have 1 to {MAX_PATTERN} bytes"
             ))
         })?;
-        Ok(Self::Glob(glob))
+        Ok(Self::Glob(Box::new(glob)))
     }
 
     fn matches(&self, path: &str) -> bool {

@@ -22,7 +22,7 @@ use crate::support::linear;
 
 /// Every kind of field.
 #[derive(Debug, LoraTargets)]
-pub(crate) struct Model<'a> {
+struct Model<'a> {
     proj: Linear,
     #[lora(skip)]
     _text: &'a [u8],
@@ -36,7 +36,7 @@ pub(crate) struct Model<'a> {
 
 /// Every kind of variant, two of which have the same traversal.
 #[derive(Debug, LoraTargets)]
-pub(crate) enum Choice {
+enum Choice {
     One(Linear),
     Other(Linear),
     Named { it: Linear },
@@ -45,7 +45,7 @@ pub(crate) enum Choice {
 
 /// Nothing.
 #[derive(Debug, LoraTargets)]
-pub(crate) struct Unit;
+struct Unit;
 
 #[test]
 fn the_model_is_one() {
