@@ -9,23 +9,28 @@ use candle_core::Device;
 use candle_core::Module;
 use candle_core::Result;
 use candle_core::Tensor;
-use candle_nn::Embedding;
-use candle_nn::Linear;
-use candle_nn::RmsNorm;
 use candle_nn::VarBuilder;
-use candle_nn::embedding;
-use candle_nn::linear_b;
-use candle_nn::ops::softmax_last_dim;
-use candle_nn::rms_norm;
-use candle_nn::rotary_emb::rope;
+use lora_core::LoraTargets;
+use lora_core::nn::Embedding;
+use lora_core::nn::Linear;
+use lora_core::nn::RmsNorm;
+use lora_core::nn::causal_attention;
+use lora_core::nn::embedding;
+use lora_core::nn::linear_b;
+use lora_core::nn::rms_norm;
+use lora_core::nn::rope_thd;
+use lora_core::nn::swiglu;
 
 use crate::config::AttentionBias;
 use crate::config::Config;
 
 /// A decoder and its output head.
+#[derive(LoraTargets)]
 pub struct CausalLm {
     model: Decoder,
+    #[lora(head)]
     lm_head: Linear,
+    #[lora(skip)]
     rotary: Rotary,
 }
 
@@ -108,7 +113,7 @@ impl CausalLm {
 #[derive(Default)]
 pub struct KvCache {
     length: usize,
-    /// One layer: keys, values, `[kv_heads, tokens, head_dim]`.
+    /// One layer: keys, values, `[tokens, kv_heads, head_dim]`.
     layers: Vec<(Tensor, Tensor)>,
 }
 
@@ -117,8 +122,8 @@ impl KvCache {
     fn append(&mut self, layer: usize, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
         match self.layers.get_mut(layer) {
             Some((ks, vs)) => {
-                *ks = Tensor::cat(&[&*ks, &k], 1)?;
-                *vs = Tensor::cat(&[&*vs, &v], 1)?;
+                *ks = Tensor::cat(&[&*ks, &k], 0)?;
+                *vs = Tensor::cat(&[&*vs, &v], 0)?;
             }
             None => self.layers.push((k, v)),
         }
@@ -126,6 +131,7 @@ impl KvCache {
     }
 }
 
+#[derive(LoraTargets)]
 struct Decoder {
     embed_tokens: Embedding,
     layers: Vec<Layer>,
@@ -158,6 +164,7 @@ impl Decoder {
     }
 }
 
+#[derive(LoraTargets)]
 struct Layer {
     self_attn: Attention,
     mlp: Mlp,
@@ -193,6 +200,7 @@ impl Layer {
     }
 }
 
+#[derive(LoraTargets)]
 struct Attention {
     q_proj: Linear,
     k_proj: Linear,
@@ -227,72 +235,30 @@ impl Attention {
         cache: Option<(&mut KvCache, usize)>,
     ) -> Result<Tensor> {
         let (cos, sin) = &packing.rope;
-        let q = rope(&self.heads(&self.q_proj, xs)?, cos, sin)?.squeeze(0)?;
-        let k = rope(&self.heads(&self.k_proj, xs)?, cos, sin)?.squeeze(0)?;
-        let v = self.heads(&self.v_proj, xs)?.squeeze(0)?;
+        let rotate = |xs: Tensor| rope_thd(&xs.unsqueeze(0)?, cos, sin)?.squeeze(0);
+        let q = rotate(self.heads(&self.q_proj, xs)?)?;
+        let k = rotate(self.heads(&self.k_proj, xs)?)?;
+        let v = self.heads(&self.v_proj, xs)?;
+        let scale = 1. / (self.head_dim as f64).sqrt();
         let attended = match cache {
             Some((cache, layer)) => {
                 let (k, v) = cache.append(layer, k, v)?;
-                causal_attention(&q, &k, &v)?
+                causal_attention(&q, &k, &v, packing.lengths, &[k.dim(0)?], scale)?
             }
-            None => {
-                let mut start = 0;
-                let mut sequences = Vec::with_capacity(packing.lengths.len());
-                for &length in packing.lengths {
-                    let of = |xs: &Tensor| xs.narrow(1, start, length)?.contiguous();
-                    sequences.push(causal_attention(&of(&q)?, &of(&k)?, &of(&v)?)?);
-                    start += length;
-                }
-                Tensor::cat(&sequences, 0)?
-            }
+            None => causal_attention(&q, &k, &v, packing.lengths, packing.lengths, scale)?,
         };
-        self.o_proj.forward(&attended)
+        self.o_proj.forward(&attended.flatten_from(1)?)
     }
 
-    /// Projects `xs` and splits the heads: `[1, heads, tokens, head_dim]`.
+    /// Projects `xs` and splits the heads: `[tokens, heads, head_dim]`.
     fn heads(&self, projection: &Linear, xs: &Tensor) -> Result<Tensor> {
         let ys = projection.forward(xs)?;
         let (tokens, width) = ys.dims2()?;
-        let heads = width / self.head_dim;
-        ys.reshape((1, tokens, heads, self.head_dim))?
-            .transpose(1, 2)?
-            .contiguous()
+        ys.reshape((tokens, width / self.head_dim, self.head_dim))
     }
 }
 
-/// Attention of one sequence, each token to itself and those before it.
-///
-/// `q` is `[heads, tokens, head_dim]`; `k` and `v` are `[kv_heads, all tokens, head_dim]`, the last
-/// `tokens` of them belonging to `q`. Returns `[tokens, heads * head_dim]`.
-fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-    let (heads, tokens, head_dim) = q.dims3()?;
-    let (kv_heads, all, _) = k.dims3()?;
-    let group = heads / kv_heads; // query heads that share a key head
-    let q = (q.reshape((kv_heads, group * tokens, head_dim))? / (head_dim as f64).sqrt())?;
-    let scores = q.matmul(&k.t()?)?.reshape((heads, tokens, all))?;
-    let scores = if tokens == 1 {
-        scores
-    } else {
-        let mask = (0..tokens).flat_map(|i| {
-            (0..all).map(move |j| {
-                if j <= i + all - tokens {
-                    0f32
-                } else {
-                    f32::NEG_INFINITY
-                }
-            })
-        });
-        let mask = Tensor::from_iter(mask, q.device())?.reshape((1, tokens, all))?;
-        scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?
-    };
-    let weights = softmax_last_dim(&scores)?.reshape((kv_heads, group * tokens, all))?;
-    weights
-        .matmul(v)?
-        .reshape((heads, tokens, head_dim))?
-        .transpose(0, 1)?
-        .reshape((tokens, heads * head_dim))
-}
-
+#[derive(LoraTargets)]
 struct Mlp {
     gate_proj: Linear,
     up_proj: Linear,
@@ -310,8 +276,8 @@ impl Mlp {
     }
 
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let gate = self.gate_proj.forward(xs)?.silu()?;
-        self.down_proj.forward(&(gate * self.up_proj.forward(xs)?)?)
+        let gated = swiglu(&self.gate_proj.forward(xs)?, &self.up_proj.forward(xs)?)?;
+        self.down_proj.forward(&gated)
     }
 }
 
