@@ -1,0 +1,3 @@
+//! The runtime: configuration, the adapted linear layer, the verbs of a model, adapter folders.
+
+mod linear;
