@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Shape, Tensor, Var, backprop::GradStore};
 use crate::{
     LinearLoRA, LoraReport, LoraSite, ModulePath, PeftConfig, Result, adapter_folder, apply,
     gradients,
-    nn::Linear,
+    nn::{Embedding, LayerNorm, Linear, RmsNorm},
     survey::Survey,
     tree::{Field, TargetTree},
     visit::Visitor,
@@ -307,7 +307,7 @@ macro_rules! layers_without_targets {
     )*};
 }
 
-layers_without_targets!();
+layers_without_targets!(Embedding, LayerNorm, RmsNorm);
 
 /// Types that hold nothing to adapt and nothing to freeze.
 macro_rules! leaves {
