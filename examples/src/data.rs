@@ -9,9 +9,12 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
+use sha2::Digest;
+use sha2::Sha256;
 
 use crate::Error;
 use crate::Result;
+use crate::batch::rows_of_step;
 use crate::tokenizer::Message;
 
 /// One row of a data file.
@@ -46,6 +49,30 @@ pub fn wordnet_test() -> Result<Vec<Row>> {
 /// [`Error::Data`] with file, line and field of the first unusable row.
 pub fn read_rows(path: &Path) -> Result<Vec<Row>> {
     parse_rows(&fs::read_to_string(path).map_err(Error::io(path))?, path)
+}
+
+/// Splits off rows to test on: a tenth, at most 200, drawn from `seed`. Both parts keep their order.
+pub fn hold_out(rows: Vec<Row>, seed: u64) -> (Vec<Row>, Vec<Row>) {
+    let held = (rows.len() / 10).min(200);
+    let mut chosen = vec![false; rows.len()];
+    let drawn = rows_of_step(0, held, rows.len(), seed);
+    drawn.into_iter().for_each(|i| chosen[i] = true);
+    let (test, train): (Vec<_>, Vec<_>) = rows.into_iter().zip(chosen).partition(|(_, held)| *held);
+    let rows = |rows: Vec<(Row, bool)>| rows.into_iter().map(|(row, _)| row).collect();
+    (rows(train), rows(test))
+}
+
+/// SHA-256 of rows, in hexadecimal.
+pub fn fingerprint(rows: &[Row]) -> String {
+    let mut sha256 = Sha256::new();
+    for row in rows {
+        sha256.update(format!("{row:?}\n"));
+    }
+    sha256
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 fn parse_rows(text: &str, path: &Path) -> Result<Vec<Row>> {
@@ -148,6 +175,19 @@ mod tests {
         }
         let seen: Vec<&str> = completions(&train).map(|(prompt, _)| prompt).collect();
         assert!(completions(&test).all(|(prompt, _)| !seen.contains(&prompt)));
+    }
+
+    #[test]
+    fn held_out_rows_are_not_trained_on() {
+        let rows = wordnet_test().unwrap();
+        let (train, test) = hold_out(rows.clone(), 3);
+        assert_eq!((train.len(), test.len()), (450, 50));
+        assert!(
+            test.iter()
+                .all(|row| rows.contains(row) && !train.contains(row))
+        );
+        assert_ne!(fingerprint(&train), fingerprint(&test));
+        assert_eq!(hold_out(rows[..9].to_vec(), 3).1, []);
     }
 
     #[test]

@@ -72,6 +72,9 @@ pub enum Error {
     /// An option or argument makes no sense.
     #[error("{0}")]
     Usage(String),
+    /// Adapters cannot be attached, loaded or saved.
+    #[error(transparent)]
+    Lora(#[from] lora_core::Error),
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -31,8 +31,12 @@ pub fn exact_matches(
         let mut hits = hits.into_iter();
         for row in rows {
             // `all` would stop early and leave this row's hits to the next row
-            let missed = hits.by_ref().take(row.answer.len()).filter(|hit| *hit == 0).count();
-            exact += usize::from(missed == 0);
+            let missed = hits
+                .by_ref()
+                .take(row.answer.len())
+                .filter(|hit| *hit == 0)
+                .count();
+            exact += usize::from(missed == 0 && !row.answer.is_empty());
         }
         on_rows(rows.len());
     }

