@@ -30,6 +30,8 @@ pub mod optimizer;
 pub mod plot;
 pub mod pretrained;
 pub mod settings;
+#[cfg(test)]
+mod tiny;
 pub mod tokenizer;
 pub mod trainer;
 pub mod weights;

@@ -319,3 +319,73 @@ impl Rotary {
         Ok((tensor(cos)?, tensor(sin)?))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generate::greedy;
+    use crate::pretrained::Pretrained;
+    use crate::tiny;
+
+    fn model() -> CausalLm {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tiny.gguf");
+        tiny::write_gguf(&path);
+        let pretrained = Pretrained::open(&path).unwrap();
+        pretrained.load(DType::F32, &Device::Cpu).unwrap()
+    }
+
+    fn hidden(model: &CausalLm, ids: &[u32], lengths: &[usize]) -> Tensor {
+        let ids = Tensor::new(ids, &Device::Cpu).unwrap();
+        model.hidden_states(&ids, lengths).unwrap()
+    }
+
+    fn assert_close(a: &Tensor, b: &Tensor) {
+        let difference = (a - b).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(
+            difference.to_scalar::<f32>().unwrap() < 1e-5,
+            "{difference}"
+        );
+    }
+
+    #[test]
+    fn packed_sequences_do_not_see_each_other() {
+        let model = model();
+        let packed = hidden(&model, &[3, 4, 5, 9, 10], &[3, 2]);
+        assert_close(
+            &packed.narrow(0, 0, 3).unwrap(),
+            &hidden(&model, &[3, 4, 5], &[3]),
+        );
+        assert_close(
+            &packed.narrow(0, 3, 2).unwrap(),
+            &hidden(&model, &[9, 10], &[2]),
+        );
+    }
+
+    #[test]
+    fn the_cache_gives_what_the_whole_sequence_gives() {
+        let model = model();
+        let mut cache = KvCache::default();
+        let ids = [3, 4, 5, 9, 10, 7];
+        let parts = [&ids[..3], &ids[3..4], &ids[4..]].map(|part| {
+            let part = Tensor::new(part, &Device::Cpu).unwrap();
+            model.continue_sequence(&part, &mut cache).unwrap()
+        });
+        assert_close(
+            &Tensor::cat(&parts, 0).unwrap(),
+            &hidden(&model, &ids, &[6]),
+        );
+    }
+
+    #[test]
+    fn generation_stops_at_the_end_of_the_context() {
+        let made = greedy(&model(), &[3; 60], 100, &[], |_| {}).unwrap();
+        assert_eq!(made.len(), 4);
+        let ids = Tensor::new(&[3u32; 65], &Device::Cpu).unwrap();
+        let error = model().hidden_states(&ids, &[65]).unwrap_err().to_string();
+        assert!(
+            error.contains("longer than the model's 64 tokens"),
+            "{error}"
+        );
+    }
+}
