@@ -228,6 +228,8 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pretrained::Pretrained;
+    use crate::tokenizer::Message;
 
     fn row(ids: &[u32], answer: Range<usize>) -> Example {
         let learned = vec![answer.start..ids.len()];
@@ -248,8 +250,32 @@ mod tests {
         let all: Vec<usize> = (0..10).collect();
         assert_eq!((&pass[..10], &pass[10..]), (&all[..], &all[..]));
         assert_ne!(rows_of_step(0, 10, 10, 7), rows_of_step(0, 10, 10, 8));
-        // pinned: a resumed run must draw what the first one drew, on any machine
-        assert_eq!(rows_of_step(0, 4, 10, 7), taken(0));
+        // A run that is resumed with a newer build must draw what the first one drew.
+        assert_eq!(taken(0), [0, 7, 5, 2]);
+    }
+
+    #[test]
+    fn only_the_assistants_turns_of_a_chat_are_learned() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tiny.gguf");
+        crate::tiny::write_gguf(&path);
+        let tokenizer = Pretrained::open(&path).unwrap().tokenizer;
+        let say = |role: &str, content: &str| Message {
+            role: role.into(),
+            content: content.into(),
+        };
+        let chat = [
+            say("user", "a"),
+            say("assistant", " c "),
+            say("user", "b"),
+            say("assistant", "ab"),
+        ];
+        let example = Example::new(&Row::Chat(chat.to_vec()), &tokenizer).unwrap();
+        assert_eq!(example.ids, [1, 3, 2, 1, 5, 2, 1, 4, 2, 1, 9, 2]);
+        assert_eq!(
+            (example.learned, example.answer),
+            (vec![4..6, 10..12], 10..11)
+        );
     }
 
     #[test]

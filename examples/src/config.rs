@@ -427,8 +427,7 @@ mod tests {
         let frequencies = scaled.rope_frequencies();
         assert_eq!(frequencies[0], plain[0]);
         assert_eq!(frequencies[31], plain[31] / 8.);
-        // 8192 tokens hold 2.5 turns where keep = 0.5; frequency 17 is nearest (2.75 turns)
-        let ratio = frequencies[17] / plain[17];
-        assert!((0.125..1.).contains(&ratio), "{ratio}");
+        let ratio = frequencies[17] / plain[17]; // 2.4 turns in 8192 tokens: on the ramp
+        assert!(ratio > 0.2 && ratio < 0.9, "{ratio}");
     }
 }

@@ -239,3 +239,95 @@ impl SavedRun {
         &self.run.settings
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::data::Row;
+    use crate::pretrained::Pretrained;
+    use crate::tiny;
+
+    fn rows(pretrained: &Pretrained) -> Vec<Example> {
+        let rows = ["a", "b", "c", "ab", "1", "2"].map(|text| Row::Completion {
+            prompt: format!("{text}1"),
+            completion: format!(" c{text}"),
+        });
+        crate::batch::examples(&rows, &pretrained.tokenizer, 64)
+            .unwrap()
+            .0
+    }
+
+    fn trainer(pretrained: &Pretrained, data: &str) -> Trainer {
+        let settings = Settings {
+            steps: 6,
+            batch: 4,
+            dropout: 0.3,
+            ..Settings::default()
+        };
+        let model = pretrained.load(DType::F32, &Device::Cpu).unwrap();
+        Trainer::new(model, settings, data.into()).unwrap().0
+    }
+
+    #[test]
+    fn a_resumed_run_is_the_uninterrupted_run_bit_for_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tiny.gguf");
+        tiny::write_gguf(&path);
+        let pretrained = Pretrained::open(&path).unwrap();
+        let rows = rows(&pretrained);
+        let [whole_dir, parts_dir] = ["whole", "parts"].map(|name| dir.path().join(name));
+
+        let mut whole = trainer(&pretrained, "rows");
+        while whole.steps_done() < 6 {
+            whole.step(&rows).unwrap();
+        }
+        whole.save(&whole_dir).unwrap();
+        assert!(
+            whole.losses()[5] < whole.losses()[0],
+            "{:?}",
+            whole.losses()
+        );
+
+        assert!(SavedRun::open(&parts_dir).unwrap().is_none());
+        let mut first = trainer(&pretrained, "rows");
+        first.save(&parts_dir).unwrap();
+        for stop in [2, 3, 6] {
+            let saved = SavedRun::open(&parts_dir).unwrap().unwrap();
+            assert_eq!(saved.settings().steps, 6);
+            let mut next = trainer(&pretrained, "rows");
+            next.resume(&saved).unwrap();
+            while next.steps_done() < stop {
+                next.step(&rows).unwrap();
+            }
+            next.save(&parts_dir).unwrap();
+        }
+        for file in [STATE, "adapter_model.safetensors", "adapter_config.json"] {
+            let [whole, parts] =
+                [&whole_dir, &parts_dir].map(|dir| fs::read(dir.join(file)).unwrap());
+            assert!(whole == parts, "{file}");
+        }
+    }
+
+    #[test]
+    fn other_rows_and_damaged_states_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tiny.gguf");
+        tiny::write_gguf(&path);
+        let pretrained = Pretrained::open(&path).unwrap();
+        trainer(&pretrained, "rows").save(dir.path()).unwrap();
+        let saved = SavedRun::open(dir.path()).unwrap().unwrap();
+        let error = trainer(&pretrained, "others")
+            .resume(&saved)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("not the ones"), "{error}");
+        fs::write(dir.path().join(STATE), b"{").unwrap();
+        let error = SavedRun::open(dir.path()).err().unwrap().to_string();
+        assert!(
+            error.contains("trainer_state.safetensors: not a trainer state"),
+            "{error}"
+        );
+    }
+}
