@@ -244,10 +244,11 @@ fn train_steps(
     let start = Instant::now();
     let mut tokens = 0;
     while trainer.steps_done() < settings.steps && !STOP.load(Ordering::Relaxed) {
+        let begin = Instant::now();
         let step = trainer.step(rows)?;
+        log.step(&step, begin.elapsed().as_secs_f64())?;
         tokens += step.tokens;
         let speed = tokens as f64 / start.elapsed().as_secs_f64();
-        log.step(&step, speed)?;
         let line = format!("loss {:.3}  {speed:.0} tokens/s", step.loss);
         if !std::io::stderr().is_terminal() && (step.step % 10 == 0 || step.step == 1) {
             eprintln!("step {}/{}  {line}", step.step, settings.steps);
@@ -324,9 +325,9 @@ impl Log {
         })
     }
 
-    fn step(&mut self, step: &Step, tokens_per_second: f64) -> Result<()> {
+    fn step(&mut self, step: &Step, seconds: f64) -> Result<()> {
         let mut line = json!(step);
-        line["tokens_per_second"] = json!(tokens_per_second.round());
+        line["seconds"] = json!(seconds);
         self.write(&line)
     }
 

@@ -65,7 +65,7 @@ pub struct Step {
     pub lr: f64,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// Tokens read.
+    /// Tokens of the rows.
     pub tokens: usize,
 }
 
@@ -130,7 +130,7 @@ impl Trainer {
         self.losses.push(loss);
         self.run.step += 1;
         self.run.optimizer_steps = self.optimizer.steps();
-        let tokens = batch.lengths.iter().sum();
+        let tokens = drawn.iter().map(|i| rows[*i].ids.len()).sum();
         Ok(Step {
             step: self.run.step,
             loss,

@@ -4,41 +4,59 @@
 //! - A pattern without `*` and `.` is a bare name: it means the *last* segment of a path.
 //! - Otherwise the pattern must cover the whole path.
 //!
-//! A pattern is run as a nondeterministic automaton whose states are a bit set, in `const fn`s:
-//! [`TargetTree`](crate::TargetTree) walks it over all the paths a type can have.
+//! A pattern is run as a nondeterministic automaton whose states are the bits of one number (the
+//! Shift-And algorithm of Baeza-Yates and Gonnet), in `const fn`s:
+//! [`TargetTree`](crate::TargetTree) walks it over all the paths a type can have, in few enough
+//! steps for the compiler to do it at every build.
 
-/// The longest pattern, in bytes: one bit a state, and one state more than bytes.
-pub const MAX_PATTERN: usize = 255;
+use std::fmt;
 
-/// A pattern and how it is anchored.
-#[derive(Clone, Copy, Debug)]
+/// The longest pattern, in bytes: each is a bit of a `u128`, and a bare name takes two more.
+pub const MAX_PATTERN: usize = 120;
+
+/// A pattern that names module paths.
+#[derive(Clone)]
 pub struct Glob<'a> {
-    pattern: &'a [u8],
-    bare: bool,
+    pattern: &'a str,
+    /// For each byte, the places of the pattern where it stands.
+    places: [u128; 256],
+    /// The places of the stars.
+    stars: u128,
+    start: States,
+    len: u32,
 }
 
-/// The states of a [`Glob`] after some text: bit `i` means that `i` bytes of the pattern are used.
+/// The states of a [`Glob`] after some text: bit `i` means that `i` places of the pattern are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct States {
-    bits: [u64; 4],
-    /// A bare name may still begin after a later dot.
-    seeking: bool,
-}
+pub struct States(u128);
 
 impl<'a> Glob<'a> {
-    /// Reads a pattern of at most [`MAX_PATTERN`] bytes; `None` if it is empty or longer.
+    /// Reads a pattern of at most 120 bytes; `None` if it is empty or longer.
     pub const fn new(pattern: &'a str) -> Option<Self> {
-        let pattern = pattern.as_bytes();
-        if pattern.is_empty() || pattern.len() > MAX_PATTERN {
+        let bytes = pattern.as_bytes();
+        if bytes.is_empty() || bytes.len() > MAX_PATTERN {
             return None;
         }
-        let mut bare = true;
+        let mut glob = Self {
+            pattern,
+            places: [0; 256],
+            stars: 0,
+            start: States(1),
+            len: 0,
+        };
+        if is_bare(bytes) {
+            // `name` is `*.name`, begun before the star or after the dot.
+            glob.push(b'*');
+            glob.push(b'.');
+            glob.start = States(0b101);
+        }
         let mut i = 0;
-        while i < pattern.len() {
-            bare = bare && pattern[i] != b'*' && pattern[i] != b'.';
+        while i < bytes.len() {
+            glob.push(bytes[i]);
             i += 1;
         }
-        Some(Self { pattern, bare })
+        glob.start = glob.skip_stars(glob.start);
+        Some(glob)
     }
 
     /// Whether the pattern names `path`.
@@ -53,145 +71,106 @@ impl<'a> Glob<'a> {
     /// assert!(!names("*.lm_head", "lm_head"));
     /// ```
     pub const fn matches(&self, path: &str) -> bool {
-        self.accepts(self.text(self.start(), path))
+        self.accepts(self.text(self.start, path))
     }
 
     /// The states before any text.
-    pub const fn start(&self) -> States {
-        let states = States {
-            bits: [1, 0, 0, 0],
-            seeking: self.bare,
-        };
-        self.skip_stars(states)
+    pub(crate) const fn start(&self) -> States {
+        self.start
     }
 
     /// Whether the text so far is a whole match.
-    pub const fn accepts(&self, states: States) -> bool {
-        states.has(self.pattern.len())
+    pub(crate) const fn accepts(&self, states: States) -> bool {
+        states.0 >> self.len & 1 == 1
     }
 
     /// The states after `text` more.
-    pub const fn text(&self, mut states: States, text: &str) -> States {
+    pub(crate) const fn text(&self, mut states: States, text: &str) -> States {
         let text = text.as_bytes();
         let mut i = 0;
-        while i < text.len() && !states.is_dead() {
-            states = self.byte(states, text[i]);
+        while i < text.len() {
+            states = self.step(states, self.places[text[i] as usize]);
             i += 1;
         }
         states
-    }
-
-    /// The states after one more byte.
-    pub const fn byte(&self, states: States, byte: u8) -> States {
-        let mut next = States::NONE;
-        let mut i = 0;
-        while i < self.pattern.len() {
-            if states.has(i) {
-                if self.pattern[i] == b'*' {
-                    next.set(i);
-                } else if self.pattern[i] == byte {
-                    next.set(i + 1);
-                }
-            }
-            i += 1;
-        }
-        next.seeking = states.seeking;
-        if states.seeking && byte == b'.' {
-            next.set(0);
-        }
-        self.skip_stars(next)
     }
 
     /// The states after any list index: a number without leading zeros.
-    pub const fn any_number(&self, states: States) -> States {
-        let mut all = self.byte(states, b'0');
-        let mut last = self.any_of(states, b'1', b'9');
-        // Each round adds a digit; the states of a longer number settle before the pattern ends.
-        let mut round = 0;
-        while round <= self.pattern.len() && !last.is_dead() {
-            all = all.or(last);
-            last = self.any_of(last, b'0', b'9');
-            round += 1;
+    pub(crate) const fn any_number(&self, states: States) -> States {
+        let zero = self.places[b'0' as usize];
+        let mut digits = zero;
+        let mut digit = b'1';
+        while digit <= b'9' {
+            digits |= self.places[digit as usize];
+            digit += 1;
         }
-        all
+        let nonzero = self.step(states, digits & !zero);
+        self.step(states, zero).or(self.repeat(nonzero, digits))
     }
 
-    /// The states after any non-empty text, such as the key of a map.
-    pub const fn any_text(&self, states: States) -> States {
-        let mut all = States::NONE;
-        let mut last = states;
-        let mut round = 0;
-        while round <= self.pattern.len() && !last.is_dead() {
-            let mut next = States::NONE;
-            let mut i = 0;
-            while i < self.pattern.len() {
-                if last.has(i) {
-                    next.set(if self.pattern[i] == b'*' { i } else { i + 1 });
-                }
-                i += 1;
-            }
-            if last.seeking {
-                next.seeking = true;
-                next.set(0);
-            }
-            last = self.skip_stars(next);
-            all = all.or(last);
-            round += 1;
-        }
-        all
+    /// The states after any text but the empty one, such as the key of a map.
+    pub(crate) const fn any_text(&self, states: States) -> States {
+        let all = (1 << self.len) - 1;
+        self.repeat(self.step(states, all), all)
     }
 
-    const fn any_of(&self, states: States, first: u8, last: u8) -> States {
-        let mut all = States::NONE;
-        let mut byte = first;
-        while byte <= last {
-            all = all.or(self.byte(states, byte));
-            byte += 1;
+    const fn push(&mut self, byte: u8) {
+        if byte != b'*' {
+            self.places[byte as usize] |= 1 << self.len;
+        } else if self.len > 0 && self.stars >> (self.len - 1) & 1 == 1 {
+            return; // `**` is `*`
+        } else {
+            self.stars |= 1 << self.len;
         }
-        all
+        self.len += 1;
     }
 
-    const fn skip_stars(&self, mut states: States) -> States {
-        let mut i = 0;
-        while i < self.pattern.len() {
-            if self.pattern[i] == b'*' && states.has(i) {
-                states.set(i + 1);
+    /// The states after one more byte, which stands at these places of the pattern.
+    const fn step(&self, states: States, places: u128) -> States {
+        self.skip_stars(States((states.0 & places) << 1 | states.0 & self.stars))
+    }
+
+    /// The states after any number of such bytes, none included.
+    const fn repeat(&self, mut states: States, places: u128) -> States {
+        loop {
+            let more = states.or(self.step(states, places));
+            if more.0 == states.0 {
+                return states;
             }
-            i += 1;
+            states = more;
         }
-        states
+    }
+
+    /// A star may stand for nothing. No two stars follow each other.
+    const fn skip_stars(&self, states: States) -> States {
+        States(states.0 | (states.0 & self.stars) << 1)
+    }
+}
+
+impl fmt::Debug for Glob<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Glob").field(&self.pattern).finish()
     }
 }
 
 impl States {
-    const NONE: Self = Self {
-        bits: [0; 4],
-        seeking: false,
-    };
-
-    const fn has(&self, state: usize) -> bool {
-        self.bits[state / 64] >> (state % 64) & 1 == 1
-    }
-
-    const fn set(&mut self, state: usize) {
-        self.bits[state / 64] |= 1 << (state % 64);
+    /// No text can complete the match any more.
+    pub(crate) const fn is_dead(self) -> bool {
+        self.0 == 0
     }
 
     const fn or(self, other: Self) -> Self {
-        let mut bits = self.bits;
-        let mut i = 0;
-        while i < bits.len() {
-            bits[i] |= other.bits[i];
-            i += 1;
-        }
-        Self {
-            bits,
-            seeking: self.seeking || other.seeking,
-        }
+        Self(self.0 | other.0)
     }
+}
 
-    /// No text can complete the match any more.
-    pub const fn is_dead(&self) -> bool {
-        !self.seeking && self.bits[0] | self.bits[1] | self.bits[2] | self.bits[3] == 0
+const fn is_bare(pattern: &[u8]) -> bool {
+    let mut i = 0;
+    while i < pattern.len() {
+        if pattern[i] == b'*' || pattern[i] == b'.' {
+            return false;
+        }
+        i += 1;
     }
+    true
 }

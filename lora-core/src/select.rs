@@ -4,6 +4,7 @@ use regex::Regex;
 
 use crate::{
     Error, Glob, LoraTargets, PeftConfig, Result,
+    glob::MAX_PATTERN,
     suggest::{Nearest, no_match},
     survey::Site,
 };
@@ -58,7 +59,7 @@ impl<'a> Pattern<'a> {
         }
         let glob = Glob::new(text).ok_or_else(|| {
             config(format!(
-                "`{text}` is no pattern: it must have 1 to 255 bytes"
+                "`{text}` is no pattern: it must have 1 to {MAX_PATTERN} bytes"
             ))
         })?;
         Ok(Self::Glob(glob))

@@ -7,6 +7,9 @@ use crate::{glob::MAX_PATTERN, tree::TargetTree};
 /// How many paths a message offers.
 const OFFERS: usize = 3;
 
+/// The longest path a message shows in full, in bytes.
+const MAX_PATH: usize = 255;
+
 /// Text of bounded length, built in a constant.
 #[derive(Clone, Copy)]
 pub struct Message {
@@ -92,7 +95,7 @@ impl<'a> Nearest<'a> {
         message.push("` matches `");
         message.push(self.pattern);
         if self.pattern.len() > MAX_PATTERN {
-            message.push("`: a pattern has at most 255 bytes");
+            message.push("`: the pattern is too long");
             return message;
         }
         if self.count == 0 {
@@ -144,10 +147,11 @@ impl<'a> Nearest<'a> {
         }
         // The last segment says most: it is where the misspelling usually is.
         let pattern = self.pattern.as_bytes();
-        let score = (
-            distance(last_segment(pattern), last_segment(path.as_bytes())),
-            distance(pattern, path.as_bytes()),
-        );
+        let last = distance(last_segment(pattern), last_segment(path.as_bytes()));
+        if self.count == OFFERS && last > self.scores[OFFERS - 1].0 {
+            return;
+        }
+        let score = (last, distance(pattern, path.as_bytes()));
         let mut place = self.count;
         while place > 0 && less(score, self.scores[place - 1]) {
             place -= 1;
@@ -172,13 +176,13 @@ impl<'a> Nearest<'a> {
 /// A module path in a fixed buffer; what does not fit is cut.
 #[derive(Clone, Copy)]
 struct Path {
-    bytes: [u8; MAX_PATTERN],
+    bytes: [u8; MAX_PATH],
     len: usize,
 }
 
 impl Path {
     const ROOT: Self = Self {
-        bytes: [0; MAX_PATTERN],
+        bytes: [0; MAX_PATH],
         len: 0,
     };
 
@@ -196,12 +200,12 @@ impl Path {
 
     const fn join(mut self, segment: &str) -> Self {
         let segment = segment.as_bytes();
-        if self.len > 0 && !segment.is_empty() && self.len < MAX_PATTERN {
+        if self.len > 0 && !segment.is_empty() && self.len < MAX_PATH {
             self.bytes[self.len] = b'.';
             self.len += 1;
         }
         let mut i = 0;
-        while i < segment.len() && self.len < MAX_PATTERN {
+        while i < segment.len() && self.len < MAX_PATH {
             self.bytes[self.len] = segment[i];
             self.len += 1;
             i += 1;
@@ -224,11 +228,11 @@ const fn last_segment(path: &[u8]) -> &[u8] {
 
 /// The Levenshtein distance over bytes.
 const fn distance(a: &[u8], b: &[u8]) -> usize {
-    let mut row = [0; MAX_PATTERN + 1];
-    let width = if b.len() < MAX_PATTERN {
+    let mut row = [0; MAX_PATH + 1];
+    let width = if b.len() < MAX_PATH {
         b.len()
     } else {
-        MAX_PATTERN
+        MAX_PATH
     };
     let mut j = 0;
     while j <= width {

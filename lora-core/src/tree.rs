@@ -137,6 +137,6 @@ const fn separated(glob: &Glob<'_>, states: States, first: bool) -> States {
     if first {
         states
     } else {
-        glob.byte(states, b'.')
+        glob.text(states, ".")
     }
 }

@@ -16,6 +16,8 @@ mod expand;
 mod fallback;
 mod suggest;
 mod targets;
+#[cfg(test)]
+mod tests;
 
 use proc_macro::TokenStream;
 

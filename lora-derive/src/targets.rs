@@ -17,7 +17,10 @@ const USAGE: &str = "expected a model and its patterns: `targets!(Llama: [\"*.q_
 // Expands to:
 //
 //     {
-//         const _: () = check_target(&<Llama as LoraTargets>::TARGETS, "Llama", "*.q_proj");
+//         const _: () = {
+//             use lora_core::__private::check_target;
+//             check_target(&<Llama as LoraTargets>::TARGETS, "Llama", "*.q_proj")
+//         };
 //         ["*.q_proj"]
 //     }
 pub fn expand(input: TokenStream) -> TokenStream {
@@ -47,13 +50,13 @@ pub fn expand(input: TokenStream) -> TokenStream {
     let errors = errors.into_tokens();
     let name = type_name(&model);
     let checks = patterns.iter().map(|pattern| {
+        // The call begins and ends at the pattern, so that its failure is shown there.
         quote_spanned! {pattern.span()=>
             #[allow(long_running_const_eval)]
-            const _: () = #krate::__private::check_target(
-                &<#model as #krate::LoraTargets>::TARGETS,
-                #name,
-                #pattern,
-            );
+            const _: () = {
+                use #krate::__private::check_target;
+                check_target(&<#model as #krate::LoraTargets>::TARGETS, #name, #pattern)
+            };
         }
     });
     quote!({ #errors #(#checks)* [#(#patterns),*] as [&'static ::core::primitive::str; _] })
