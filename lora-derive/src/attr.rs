@@ -71,8 +71,12 @@ struct Word {
 
 impl Parse for Word {
     fn parse(input: ParseStream) -> syn::Result<Self> {
+        let word = input.call(Ident::parse_any)?;
+        if !input.is_empty() && !input.peek(Token![,]) && !input.peek(Token![=]) {
+            return Err(input.error(format!("expected `{word}` or `{word} = \"..\"`")));
+        }
         Ok(Self {
-            word: input.call(Ident::parse_any)?,
+            word,
             value: match input.parse::<Option<Token![=]>>()? {
                 Some(_) => Some(input.parse()?),
                 None => None,

@@ -44,12 +44,21 @@ fn implementation(input: &Input) -> TokenStream {
     let tree = tree(input);
     let traversal = traversal(input);
     let registration = registration(input);
+    // Keeps the user's models out of the compiler's list of types that have the trait. In a generic
+    // one it would also hide which argument lacks it.
+    let unlisted = input
+        .original
+        .generics
+        .type_params()
+        .next()
+        .is_none()
+        .then(|| quote!(#[diagnostic::do_not_recommend]));
     // What these lints say of a field's type they have said of the field.
     quote! {
         #[allow(deprecated, unused_qualifications)]
         const _: () = {
             #[automatically_derived]
-            #[diagnostic::do_not_recommend]
+            #unlisted
             impl #impl_generics #krate::LoraTargets for #ident #ty_generics #where_clause {
                 const TARGETS: #krate::TargetTree = #tree;
                 #traversal

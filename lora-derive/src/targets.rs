@@ -109,6 +109,10 @@ fn literal(expr: Expr, errors: &mut Errors) -> Option<LitStr> {
         );
         return None;
     };
+    if pattern.value().is_empty() {
+        errors.at(pattern, "an empty pattern");
+        return None;
+    }
     if pattern.value().starts_with("re:") {
         errors.at(
             pattern,

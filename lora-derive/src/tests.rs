@@ -92,7 +92,6 @@ fn a_generic_enum_is_bound_by_its_fields_and_has_no_entry() {
         #[allow(deprecated, unused_qualifications)]
         const _: () = {
             #[automatically_derived]
-            #[diagnostic::do_not_recommend]
             impl<T: Clone, C> adapters::LoraTargets for Mlp<T, C>
             where
                 C: Copy,
@@ -159,17 +158,17 @@ fn a_mistake_leaves_a_stand_in() {
 #[test]
 fn each_pattern_becomes_a_constant() {
     let expanded = targets::expand(quote!(adapters; Wrapper<models::Block>: ["*.q_proj",]));
-    let expected = quote!({
+    let expected = quote! {{
         #[allow(long_running_const_eval)]
         const _: () = {
             use adapters::__private::check_target;
             check_target(
                 &<Wrapper<models::Block> as adapters::LoraTargets>::TARGETS,
                 "Wrapper<models::Block>",
-                "*.q_proj",
+                "*.q_proj"
             )
         };
         ["*.q_proj"] as [&'static ::core::primitive::str; _]
-    });
+    }};
     assert_eq!(expanded.to_string(), expected.to_string());
 }
