@@ -11,7 +11,7 @@ use candle_core::{Var, backprop::GradStore};
 use crate::{
     LinearLoRA, LoraReport, LoraSite, ModulePath, PeftConfig, Result, adapter_folder, apply,
     gradients,
-    nn::{Embedding, LayerNorm, Linear, RmsNorm},
+    nn::{Embedding, LayerNorm, Linear, RmsNorm, with_tracing},
     survey::Survey,
     tree::TargetTree,
     visit::Visitor,
@@ -306,4 +306,4 @@ macro_rules! layers_without_targets {
     )*};
 }
 
-layers_without_targets!(Embedding, LayerNorm, RmsNorm);
+layers_without_targets!(Embedding, LayerNorm, RmsNorm, with_tracing::RmsNorm);

@@ -48,17 +48,12 @@ impl<'a> Input<'a> {
             Data::Union(_) => "a union",
         };
         let attrs = ContainerAttrs::read(&original.attrs, place, errors);
-        let krate = match attrs
-            .krate
-            .map(|(_, path)| path.parse_with(Path::parse_mod_style))
-        {
-            Some(Ok(path)) => path,
-            Some(Err(error)) => {
-                errors.push(error);
-                parse_quote!(::lora_core)
-            }
-            None => parse_quote!(::lora_core),
-        };
+        let krate = attrs.krate.and_then(|(_, path)| {
+            let parsed = path.parse_with(Path::parse_mod_style);
+            parsed
+                .map_err(|_| errors.at(path, "expected a path, such as `my_crate::lora_core`"))
+                .ok()
+        });
         let data = match &original.data {
             Data::Struct(data) => Body::Struct(read_fields(&data.fields, errors)),
             Data::Enum(data) => Body::Enum(
@@ -77,7 +72,7 @@ impl<'a> Input<'a> {
         };
         Self {
             original,
-            krate,
+            krate: krate.unwrap_or_else(|| parse_quote!(::lora_core)),
             data,
         }
     }

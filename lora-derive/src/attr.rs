@@ -71,8 +71,12 @@ struct Word {
 
 impl Parse for Word {
     fn parse(input: ParseStream) -> syn::Result<Self> {
+        let word = input.call(Ident::parse_any)?;
+        if !input.is_empty() && !input.peek(Token![,]) && !input.peek(Token![=]) {
+            return Err(input.error(format!("expected `{word}` or `{word} = \"..\"`")));
+        }
         Ok(Self {
-            word: input.call(Ident::parse_any)?,
+            word,
             value: match input.parse::<Option<Token![=]>>()? {
                 Some(_) => Some(input.parse()?),
                 None => None,
@@ -130,6 +134,14 @@ fn explain(word: &str, place: &str, allowed: &[&str]) -> String {
     }
 }
 
+/// An expression out of the invisible group that a `macro_rules` fragment comes in.
+pub fn ungrouped(mut expr: Expr) -> Expr {
+    while let Expr::Group(group) = expr {
+        expr = *group.expr;
+    }
+    expr
+}
+
 fn set_flag(slot: &mut Option<Ident>, word: Ident, value: Option<Expr>, errors: &mut Errors) {
     if let Some(value) = value {
         errors.at(value, format!("`{word}` takes no value"));
@@ -149,7 +161,7 @@ fn set_text(
     if slot.is_some() {
         errors.at(&word, format!("`{word}` is given twice"));
     }
-    match value {
+    match value.map(ungrouped) {
         Some(Expr::Lit(ExprLit {
             lit: Lit::Str(text),
             ..

@@ -44,10 +44,21 @@ fn implementation(input: &Input) -> TokenStream {
     let tree = tree(input);
     let traversal = traversal(input);
     let registration = registration(input);
+    // Keeps the user's models out of the compiler's list of types that have the trait. In a generic
+    // one it would also hide which argument lacks it.
+    let unlisted = input
+        .original
+        .generics
+        .type_params()
+        .next()
+        .is_none()
+        .then(|| quote!(#[diagnostic::do_not_recommend]));
+    // What these lints say of a field's type they have said of the field.
     quote! {
+        #[allow(deprecated, unused_qualifications)]
         const _: () = {
             #[automatically_derived]
-            #[diagnostic::do_not_recommend]
+            #unlisted
             impl #impl_generics #krate::LoraTargets for #ident #ty_generics #where_clause {
                 const TARGETS: #krate::TargetTree = #tree;
                 #traversal
@@ -142,7 +153,8 @@ fn traversal(input: &Input) -> TokenStream {
     }
 }
 
-/// The names of the generated method, out of reach for what a macro in a field's type may say.
+/// The names of the generated method. The underscores keep clear of a constant or a unit struct of
+/// the user's, which a pattern would mean instead of a new variable.
 struct Walk<'a> {
     krate: &'a Path,
     path: Ident,
@@ -153,13 +165,13 @@ impl<'a> Walk<'a> {
     fn new(krate: &'a Path) -> Self {
         Self {
             krate,
-            path: Ident::new("path", Span::mixed_site()),
-            visitor: Ident::new("visitor", Span::mixed_site()),
+            path: Ident::new("__path", Span::mixed_site()),
+            visitor: Ident::new("__visitor", Span::mixed_site()),
         }
     }
 
     fn binding(index: usize) -> Ident {
-        format_ident!("field_{index}", span = Span::mixed_site())
+        format_ident!("__field_{index}", span = Span::mixed_site())
     }
 
     // Expands to: { q_proj: field_0, 1: field_1, .. }

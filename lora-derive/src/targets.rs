@@ -10,7 +10,7 @@ use syn::{
     token,
 };
 
-use crate::errors::Errors;
+use crate::{attr::ungrouped, errors::Errors};
 
 const USAGE: &str = "expected a model and its patterns: `targets!(Llama: [\"*.q_proj\"])`";
 
@@ -44,8 +44,8 @@ pub fn expand(input: TokenStream) -> TokenStream {
         ));
     }
     let patterns: Vec<_> = patterns
-        .iter()
-        .filter_map(|expr| literal(expr, &mut errors))
+        .into_iter()
+        .filter_map(|expr| literal(ungrouped(expr), &mut errors))
         .collect();
     let errors = errors.into_tokens();
     let name = type_name(&model);
@@ -96,7 +96,7 @@ impl Parse for Targets {
     }
 }
 
-fn literal<'a>(expr: &'a Expr, errors: &mut Errors) -> Option<&'a LitStr> {
+fn literal(expr: Expr, errors: &mut Errors) -> Option<LitStr> {
     let Expr::Lit(ExprLit {
         lit: Lit::Str(pattern),
         ..
@@ -109,6 +109,10 @@ fn literal<'a>(expr: &'a Expr, errors: &mut Errors) -> Option<&'a LitStr> {
         );
         return None;
     };
+    if pattern.value().is_empty() {
+        errors.at(pattern, "an empty pattern");
+        return None;
+    }
     if pattern.value().starts_with("re:") {
         errors.at(
             pattern,

@@ -25,6 +25,7 @@ fn a_struct_becomes_a_tree_a_traversal_and_an_entry() {
         }
     });
     let expected = quote! {
+        #[allow(deprecated, unused_qualifications)]
         const _: () = {
             #[automatically_derived]
             #[diagnostic::do_not_recommend]
@@ -48,21 +49,21 @@ fn a_struct_becomes_a_tree_a_traversal_and_an_entry() {
                 ]);
                 fn patch_linear(
                     &mut self,
-                    path: &mut ::lora_core::ModulePath,
-                    visitor: &mut dyn ::lora_core::Visitor,
+                    __path: &mut ::lora_core::ModulePath,
+                    __visitor: &mut dyn ::lora_core::Visitor,
                 ) -> ::lora_core::Result<()> {
-                    let Self { blocks: field_0, r#lm_head: field_2, rest: field_3, .. } = self;
-                    path.enter(
+                    let Self { blocks: __field_0, r#lm_head: __field_2, rest: __field_3, .. } = self;
+                    __path.enter(
                         "model.layers",
-                        |path| <Vec<Block> as ::lora_core::LoraTargets>::patch_linear(field_0, path, visitor)
+                        |__path| <Vec<Block> as ::lora_core::LoraTargets>::patch_linear(__field_0, __path, __visitor)
                     )?;
-                    path.enter(
+                    __path.enter(
                         "lm_head",
-                        |path| path.enter_head(
-                            |path| <Linear as ::lora_core::LoraTargets>::patch_linear(field_2, path, visitor)
+                        |__path| __path.enter_head(
+                            |__path| <Linear as ::lora_core::LoraTargets>::patch_linear(__field_2, __path, __visitor)
                         )
                     )?;
-                    <Rest as ::lora_core::LoraTargets>::patch_linear(field_3, path, visitor)?;
+                    <Rest as ::lora_core::LoraTargets>::patch_linear(__field_3, __path, __visitor)?;
                     ::core::result::Result::Ok(())
                 }
             }
@@ -88,9 +89,9 @@ fn a_generic_enum_is_bound_by_its_fields_and_has_no_entry() {
         }
     });
     let expected = quote! {
+        #[allow(deprecated, unused_qualifications)]
         const _: () = {
             #[automatically_derived]
-            #[diagnostic::do_not_recommend]
             impl<T: Clone, C> adapters::LoraTargets for Mlp<T, C>
             where
                 C: Copy,
@@ -109,12 +110,12 @@ fn a_generic_enum_is_bound_by_its_fields_and_has_no_entry() {
                 ]);
                 fn patch_linear(
                     &mut self,
-                    path: &mut adapters::ModulePath,
-                    visitor: &mut dyn adapters::Visitor,
+                    __path: &mut adapters::ModulePath,
+                    __visitor: &mut dyn adapters::Visitor,
                 ) -> adapters::Result<()> {
                     match self {
-                        Self::Dense { 0: field_0, .. } => {
-                            <Vec<T> as adapters::LoraTargets>::patch_linear(field_0, path, visitor)?;
+                        Self::Dense { 0: __field_0, .. } => {
+                            <Vec<T> as adapters::LoraTargets>::patch_linear(__field_0, __path, __visitor)?;
                         }
                         Self::Config { .. } => {}
                         Self::None { .. } => {}
@@ -157,17 +158,17 @@ fn a_mistake_leaves_a_stand_in() {
 #[test]
 fn each_pattern_becomes_a_constant() {
     let expanded = targets::expand(quote!(adapters; Wrapper<models::Block>: ["*.q_proj",]));
-    let expected = quote!({
+    let expected = quote! {{
         #[allow(long_running_const_eval)]
         const _: () = {
             use adapters::__private::check_target;
             check_target(
                 &<Wrapper<models::Block> as adapters::LoraTargets>::TARGETS,
                 "Wrapper<models::Block>",
-                "*.q_proj",
+                "*.q_proj"
             )
         };
         ["*.q_proj"] as [&'static ::core::primitive::str; _]
-    });
+    }};
     assert_eq!(expanded.to_string(), expected.to_string());
 }

@@ -239,16 +239,19 @@ fn what_holds_no_layer_needs_no_attribute() {
 
 #[test]
 fn every_spelling_of_the_layer_is_the_layer() {
-    use lora_core::nn;
+    use lora_core::nn as layers;
     type Alias = Linear;
+    #[allow(unused_parens)]
+    type Parenthesised = (Linear);
 
+    #[allow(unused_qualifications)]
     #[derive(LoraTargets)]
     struct Model {
         plain: Linear,
-        qualified: nn::Linear,
+        qualified: layers::Linear,
         absolute: ::lora_core::nn::Linear,
         alias: Alias,
-        parenthesised: (Linear),
+        parenthesised: Parenthesised,
         projected: <Vec<Linear> as IntoIterator>::Item,
     }
     let mut model = Model {

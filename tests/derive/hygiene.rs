@@ -116,6 +116,12 @@ fn a_macro_may_write_the_model() {
         };
     }
     model!(Model { a: Linear = "x", b: Option<Linear> = "y.z" });
+    macro_rules! checked {
+        ($model:ty, $name:literal) => {
+            lora_core::targets!($model: [$name])
+        };
+    }
+    assert_eq!(checked!(Model, "y.z"), ["y.z"]);
 
     let mut model = Model {
         a: linear(),

@@ -7,17 +7,17 @@ use proptest::prelude::*;
 
 use crate::support::{linear, visited};
 
-#[derive(LoraTargets)]
+#[derive(Debug, LoraTargets)]
 enum Mlp {
     Dense { up: Linear, down: Linear },
     Experts(Vec<Expert>, #[lora(rename = "router.gate")] Linear),
     None,
 }
 
-#[derive(LoraTargets)]
+#[derive(Debug, LoraTargets)]
 struct Expert(Linear, Option<Linear>);
 
-#[derive(LoraTargets)]
+#[derive(Debug, LoraTargets)]
 struct Block {
     #[lora(rename = "self_attn.qkv")]
     qkv: [Linear; 3],
@@ -27,7 +27,7 @@ struct Block {
     _spare: Linear,
 }
 
-#[derive(LoraTargets)]
+#[derive(Debug, LoraTargets)]
 struct Model {
     layers: Vec<Option<Box<Block>>>,
     extra: BTreeMap<String, (Linear, Mlp)>,

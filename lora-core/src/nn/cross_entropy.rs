@@ -183,11 +183,14 @@ impl CrossEntropy {
     fn forward<T: Element>(&self, logits: &[T], classes: usize) -> Vec<T::Acc> {
         let zero = T::Acc::ZERO;
         let log_sum = |row: &[T]| {
-            vectorize(|| {
-                let max = fold(row, T::Acc::NEG_INFINITY, Real::larger, |x| x);
-                let sum = fold(row, zero, |a, b| a + b, |x| (x - max).exp());
-                (sum.ln() + max).to_f64()
-            })
+            vectorize(
+                #[inline(always)]
+                || {
+                    let max = fold(row, T::Acc::NEG_INFINITY, Real::larger, |x| x);
+                    let sum = fold(row, zero, |a, b| a + b, |x| (x - max).exp());
+                    (sum.ln() + max).to_f64()
+                },
+            )
         };
         let log_sums: Vec<f64> = if parallel_worthwhile(logits.len()) {
             logits.par_chunks_exact(classes).map(log_sum).collect()
@@ -220,11 +223,14 @@ impl CrossEntropy {
                 let logits = &logits_all[row * classes..][..classes];
                 let log_sum = T::Acc::from_f64(log_sums[row]);
                 let class = self.targets[row] as usize;
-                vectorize(|| {
-                    for (dz, z) in dz.iter_mut().zip(logits) {
-                        *dz = T::narrow((z.widen() - log_sum).exp() * scale);
-                    }
-                });
+                vectorize(
+                    #[inline(always)]
+                    || {
+                        for (dz, z) in dz.iter_mut().zip(logits) {
+                            *dz = T::narrow((z.widen() - log_sum).exp() * scale);
+                        }
+                    },
+                );
                 let probability = (logits[class].widen() - log_sum).exp();
                 dz[class] = T::narrow((probability - T::Acc::ONE) * scale);
             }

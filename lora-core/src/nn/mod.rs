@@ -1,7 +1,7 @@
 //! Layers and functions with the names and signatures of `candle_nn` that can be trained.
 
 mod attention;
-mod cpu;
+pub(crate) mod cpu;
 mod cross_entropy;
 mod embedding;
 mod layer_norm;
@@ -11,6 +11,7 @@ mod rms_norm;
 mod rotary;
 mod softmax;
 mod swiglu;
+pub mod with_tracing;
 
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};

@@ -119,25 +119,28 @@ impl Norm {
         let mut ys = vec![T::from_f64(0.0); xs.len()];
         map_rows(&mut ys, width, |row, ys| {
             let xs = &xs[row * width..][..ys.len()];
-            vectorize(|| {
-                for (xs, ys) in xs.chunks_exact(width).zip(ys.chunks_exact_mut(width)) {
-                    let (mean, scale) = self.moments(xs);
-                    let normalised = |x: T| (x.widen() - mean) * scale;
-                    let rows = ys.iter_mut().zip(xs).zip(weight);
-                    match bias {
-                        None => {
-                            for ((y, &x), w) in rows {
-                                *y = T::narrow(normalised(x) * w.widen());
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (xs, ys) in xs.chunks_exact(width).zip(ys.chunks_exact_mut(width)) {
+                        let (mean, scale) = self.moments(xs);
+                        let normalised = |x: T| (x.widen() - mean) * scale;
+                        let rows = ys.iter_mut().zip(xs).zip(weight);
+                        match bias {
+                            None => {
+                                for ((y, &x), w) in rows {
+                                    *y = T::narrow(normalised(x) * w.widen());
+                                }
                             }
-                        }
-                        Some(bias) => {
-                            for (((y, &x), w), b) in rows.zip(bias) {
-                                *y = T::narrow(normalised(x) * w.widen() + b.widen());
+                            Some(bias) => {
+                                for (((y, &x), w), b) in rows.zip(bias) {
+                                    *y = T::narrow(normalised(x) * w.widen() + b.widen());
+                                }
                             }
                         }
                     }
-                }
-            })
+                },
+            )
         });
         Ok((T::to_cpu_storage_owned(ys), layout.shape().clone()))
     }
@@ -168,30 +171,33 @@ impl Norm {
             let (mut dw, mut db) = (sums_of(dw_tracked), sums_of(db_tracked));
             let x_rows = &x_all[row * width..][..dx_rows.len()];
             let g_rows = &g_all[row * width..][..dx_rows.len()];
-            vectorize(|| {
-                let rows = x_rows.chunks_exact(width).zip(g_rows.chunks_exact(width));
-                for ((xs, gs), dx) in rows.zip(dx_rows.chunks_exact_mut(width)) {
-                    let (mean, scale) = self.moments(xs);
-                    let normalised = |x: T| (x.widen() - mean) * scale;
-                    // Σ g and Σ g x̂ in one pass over the row.
-                    let (g_sum, gx_sum) = fold3(xs, gs, w, |x, g, w| {
-                        let g = g * w;
-                        (g, g * (x - mean) * scale)
-                    });
-                    let g_mean = if self.remove_mean { g_sum / n } else { zero };
-                    let gx_mean = gx_sum / n;
-                    for (((dx, &x), g), w) in dx.iter_mut().zip(xs).zip(gs).zip(w) {
-                        let g = g.widen() * w.widen();
-                        *dx = T::narrow(scale * (g - g_mean - normalised(x) * gx_mean));
+            vectorize(
+                #[inline(always)]
+                || {
+                    let rows = x_rows.chunks_exact(width).zip(g_rows.chunks_exact(width));
+                    for ((xs, gs), dx) in rows.zip(dx_rows.chunks_exact_mut(width)) {
+                        let (mean, scale) = self.moments(xs);
+                        let normalised = |x: T| (x.widen() - mean) * scale;
+                        // Σ g and Σ g x̂ in one pass over the row.
+                        let (g_sum, gx_sum) = fold3(xs, gs, w, |x, g, w| {
+                            let g = g * w;
+                            (g, g * (x - mean) * scale)
+                        });
+                        let g_mean = if self.remove_mean { g_sum / n } else { zero };
+                        let gx_mean = gx_sum / n;
+                        for (((dx, &x), g), w) in dx.iter_mut().zip(xs).zip(gs).zip(w) {
+                            let g = g.widen() * w.widen();
+                            *dx = T::narrow(scale * (g - g_mean - normalised(x) * gx_mean));
+                        }
+                        for ((dw, &x), g) in dw.iter_mut().zip(xs).zip(gs) {
+                            *dw += g.widen() * normalised(x);
+                        }
+                        for (db, g) in db.iter_mut().zip(gs) {
+                            *db += g.widen();
+                        }
                     }
-                    for ((dw, &x), g) in dw.iter_mut().zip(xs).zip(gs) {
-                        *dw += g.widen() * normalised(x);
-                    }
-                    for (db, g) in db.iter_mut().zip(gs) {
-                        *db += g.widen();
-                    }
-                }
-            });
+                },
+            );
             (dw, db)
         });
 

@@ -233,35 +233,39 @@ impl Rotation {
         let mut ys = vec![T::from_f64(0.0); xs.len()];
         map_rows(&mut ys, d, |first_row, ys| {
             let xs = &xs[first_row * d..][..ys.len()];
-            vectorize(|| {
-                for (i, (xs, ys)) in xs.chunks_exact(d).zip(ys.chunks_exact_mut(d)).enumerate() {
-                    let row = first_row + i;
-                    let token = match self.axes {
-                        Axes::HeadsTokens => row % b,
-                        Axes::TokensHeads => row / b % a,
-                    };
-                    let start = row / (a * b) * batch_stride + token * half;
-                    let angles = cos[start..][..half].iter().zip(&sin[start..][..half]);
-                    match self.pairs {
-                        Pairs::Halves => {
-                            let (x0, x1) = xs.split_at(half);
-                            let (y0, y1) = ys.split_at_mut(half);
-                            let pairs = y0.iter_mut().zip(y1).zip(x0.iter().zip(x1));
-                            for (((y0, y1), (&x0, &x1)), (&cos, &sin)) in pairs.zip(angles) {
-                                (*y0, *y1) = rotate(x0, x1, cos, sin);
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (i, (xs, ys)) in xs.chunks_exact(d).zip(ys.chunks_exact_mut(d)).enumerate()
+                    {
+                        let row = first_row + i;
+                        let token = match self.axes {
+                            Axes::HeadsTokens => row % b,
+                            Axes::TokensHeads => row / b % a,
+                        };
+                        let start = row / (a * b) * batch_stride + token * half;
+                        let angles = cos[start..][..half].iter().zip(&sin[start..][..half]);
+                        match self.pairs {
+                            Pairs::Halves => {
+                                let (x0, x1) = xs.split_at(half);
+                                let (y0, y1) = ys.split_at_mut(half);
+                                let pairs = y0.iter_mut().zip(y1).zip(x0.iter().zip(x1));
+                                for (((y0, y1), (&x0, &x1)), (&cos, &sin)) in pairs.zip(angles) {
+                                    (*y0, *y1) = rotate(x0, x1, cos, sin);
+                                }
                             }
-                        }
-                        Pairs::Interleaved => {
-                            let (y_pairs, _) = ys.as_chunks_mut::<2>();
-                            let (x_pairs, _) = xs.as_chunks::<2>();
-                            let pairs = y_pairs.iter_mut().zip(x_pairs);
-                            for (([y0, y1], &[x0, x1]), (&cos, &sin)) in pairs.zip(angles) {
-                                (*y0, *y1) = rotate(x0, x1, cos, sin);
+                            Pairs::Interleaved => {
+                                let (y_pairs, _) = ys.as_chunks_mut::<2>();
+                                let (x_pairs, _) = xs.as_chunks::<2>();
+                                let pairs = y_pairs.iter_mut().zip(x_pairs);
+                                for (([y0, y1], &[x0, x1]), (&cos, &sin)) in pairs.zip(angles) {
+                                    (*y0, *y1) = rotate(x0, x1, cos, sin);
+                                }
                             }
                         }
                     }
-                }
-            })
+                },
+            )
         });
         ys
     }

@@ -75,19 +75,22 @@ impl SoftmaxLastDim {
             let xs = &xs[row * width..][..ys.len()];
             // Half types keep the exponentials of a row here until their sum is known.
             let mut exps = vec![T::Acc::ZERO; width];
-            vectorize(|| {
-                for (xs, ys) in xs.chunks_exact(width).zip(ys.chunks_exact_mut(width)) {
-                    let max = fold(xs, T::Acc::NEG_INFINITY, Real::larger, |x| x);
-                    for (exp, x) in exps.iter_mut().zip(xs) {
-                        *exp = (x.widen() - max).exp();
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (xs, ys) in xs.chunks_exact(width).zip(ys.chunks_exact_mut(width)) {
+                        let max = fold(xs, T::Acc::NEG_INFINITY, Real::larger, |x| x);
+                        for (exp, x) in exps.iter_mut().zip(xs) {
+                            *exp = (x.widen() - max).exp();
+                        }
+                        let sum = fold(&exps, T::Acc::ZERO, |a, b| a + b, |x| x);
+                        let scale = sum.recip();
+                        for (y, &exp) in ys.iter_mut().zip(&exps) {
+                            *y = T::narrow(exp * scale);
+                        }
                     }
-                    let sum = fold(&exps, T::Acc::ZERO, |a, b| a + b, |x| x);
-                    let scale = sum.recip();
-                    for (y, &exp) in ys.iter_mut().zip(&exps) {
-                        *y = T::narrow(exp * scale);
-                    }
-                }
-            })
+                },
+            )
         });
         ys
     }
@@ -101,15 +104,18 @@ impl SoftmaxLastDim {
         map_rows(&mut dx, width, |row, dx| {
             let y_rows = &y_all[row * width..][..dx.len()];
             let g_rows = &g_all[row * width..][..dx.len()];
-            vectorize(|| {
-                let rows = y_rows.chunks_exact(width).zip(g_rows.chunks_exact(width));
-                for ((ys, gs), dx) in rows.zip(dx.chunks_exact_mut(width)) {
-                    let sum: T::Acc = fold2(ys, gs, |y, g| y * g);
-                    for ((dx, y), g) in dx.iter_mut().zip(ys).zip(gs) {
-                        *dx = T::narrow(y.widen() * (g.widen() - sum));
+            vectorize(
+                #[inline(always)]
+                || {
+                    let rows = y_rows.chunks_exact(width).zip(g_rows.chunks_exact(width));
+                    for ((ys, gs), dx) in rows.zip(dx.chunks_exact_mut(width)) {
+                        let sum: T::Acc = fold2(ys, gs, |y, g| y * g);
+                        for ((dx, y), g) in dx.iter_mut().zip(ys).zip(gs) {
+                            *dx = T::narrow(y.widen() * (g.widen() - sum));
+                        }
                     }
-                }
-            })
+                },
+            )
         });
         Tensor::from_vec(dx, ys.shape(), &Device::Cpu)
     }

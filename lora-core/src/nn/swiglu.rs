@@ -61,12 +61,15 @@ impl Swiglu {
         let mut ys = vec![T::from_f64(0.0); gate.len()];
         map_rows(&mut ys, 1, |start, ys| {
             let (gate, up) = (&gate[start..][..ys.len()], &up[start..][..ys.len()]);
-            vectorize(|| {
-                for ((y, gate), up) in ys.iter_mut().zip(gate).zip(up) {
-                    let gate = gate.widen();
-                    *y = T::narrow(gate * gate.sigmoid() * up.widen());
-                }
-            })
+            vectorize(
+                #[inline(always)]
+                || {
+                    for ((y, gate), up) in ys.iter_mut().zip(gate).zip(up) {
+                        let gate = gate.widen();
+                        *y = T::narrow(gate * gate.sigmoid() * up.widen());
+                    }
+                },
+            )
         });
         ys
     }
@@ -86,15 +89,19 @@ impl Swiglu {
             let range = start..start + d_gate.len();
             let inputs = gate_all[range.clone()].iter().zip(&up_all[range.clone()]);
             let inputs = inputs.zip(&g_all[range]);
-            vectorize(|| {
-                for ((d_gate, d_up), ((gate, up), grad)) in d_gate.iter_mut().zip(d_up).zip(inputs)
-                {
-                    let (gate, up, grad) = (gate.widen(), up.widen(), grad.widen());
-                    let sigmoid = gate.sigmoid();
-                    *d_gate = T::narrow(grad * up * sigmoid * (one + gate * (one - sigmoid)));
-                    *d_up = T::narrow(grad * gate * sigmoid);
-                }
-            })
+            vectorize(
+                #[inline(always)]
+                || {
+                    for ((d_gate, d_up), ((gate, up), grad)) in
+                        d_gate.iter_mut().zip(d_up).zip(inputs)
+                    {
+                        let (gate, up, grad) = (gate.widen(), up.widen(), grad.widen());
+                        let sigmoid = gate.sigmoid();
+                        *d_gate = T::narrow(grad * up * sigmoid * (one + gate * (one - sigmoid)));
+                        *d_up = T::narrow(grad * gate * sigmoid);
+                    }
+                },
+            )
         });
         Ok([
             Tensor::from_vec(d_gate, gate.shape(), &Device::Cpu)?,

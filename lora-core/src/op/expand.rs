@@ -7,7 +7,7 @@ use candle_core::{
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::Mask;
+use crate::{Mask, nn::cpu::vectorize};
 
 /// The operation; `P` and `Q` are of the compute type, `Y` may be of a half type.
 pub(crate) struct Expand {
@@ -51,20 +51,25 @@ impl Expand {
             .par_chunks_mut(rows * width)
             .zip(p.par_chunks(rows * rank));
         chunks.enumerate().for_each(|(chunk, (ys, p))| {
-            let mut delta = vec![A::default(); width];
-            let rows_of_chunk = ys.chunks_exact_mut(width).zip(p.chunks_exact(rank));
-            for (row, (ys, p)) in rows_of_chunk.enumerate() {
-                combine(&mut delta, p, q);
-                if let Some(mask) = &self.mask {
-                    let start = ((chunk * rows + row) * width) as u64;
-                    mask.for_each(start, width, |i, factor| {
-                        delta[i] = delta[i] * A::from_f64(f64::from(factor));
-                    });
-                }
-                for (y, delta) in ys.iter_mut().zip(&delta) {
-                    *y = y.plus(scaling * *delta);
-                }
-            }
+            vectorize(
+                #[inline(always)]
+                || {
+                    let mut delta = vec![A::default(); width];
+                    let rows_of_chunk = ys.chunks_exact_mut(width).zip(p.chunks_exact(rank));
+                    for (row, (ys, p)) in rows_of_chunk.enumerate() {
+                        combine(&mut delta, p, q);
+                        if let Some(mask) = &self.mask {
+                            let start = ((chunk * rows + row) * width) as u64;
+                            mask.for_each(start, width, |i, factor| {
+                                delta[i] = delta[i] * A::from_f64(f64::from(factor));
+                            });
+                        }
+                        for (y, delta) in ys.iter_mut().zip(&delta) {
+                            *y = y.plus(scaling * *delta);
+                        }
+                    }
+                },
+            );
         });
     }
 }
@@ -128,6 +133,7 @@ pub(crate) fn compute_dtype(base: DType) -> DType {
 }
 
 /// `delta = p Q` for one row `p` of `P`.
+#[inline(always)]
 fn combine<A: Accumulator>(delta: &mut [A], p: &[A], q: &[A]) {
     let width = delta.len();
     delta.fill(A::default());
@@ -159,12 +165,14 @@ trait Accumulator:
 }
 
 impl Accumulator for f32 {
+    #[inline(always)]
     fn from_f64(value: f64) -> Self {
         value as f32
     }
 }
 
 impl Accumulator for f64 {
+    #[inline(always)]
     fn from_f64(value: f64) -> Self {
         value
     }
@@ -176,18 +184,21 @@ trait Rounded<A>: Copy + Send + Sync {
 }
 
 impl<A: Accumulator> Rounded<A> for A {
+    #[inline(always)]
     fn plus(self, delta: A) -> Self {
         self + delta
     }
 }
 
 impl Rounded<f32> for bf16 {
+    #[inline(always)]
     fn plus(self, delta: f32) -> Self {
         Self::from_f32(self.to_f32() + delta)
     }
 }
 
 impl Rounded<f32> for f16 {
+    #[inline(always)]
     fn plus(self, delta: f32) -> Self {
         Self::from_f32(self.to_f32() + delta)
     }

@@ -51,6 +51,8 @@ leaves!(
     candle_nn::Activation,
     candle_nn::Dropout,
     candle_nn::ops::Identity,
+    // candle_transformers keeps one in most layers.
+    tracing::Span,
 );
 
 // Layers of `candle_nn` with a true backward pass that LoRA does not adapt.
@@ -62,6 +64,18 @@ leaves!(
     candle_nn::GroupNorm,
     candle_nn::PReLU,
 );
+
+/// candle's embedding has a true backward pass: it is frozen like the drop-in, and not adapted.
+impl LoraTargets for candle_nn::Embedding {
+    const TARGETS: TargetTree = TargetTree::Empty;
+
+    fn patch_linear(&mut self, path: &mut ModulePath, visitor: &mut dyn Visitor) -> Result<()> {
+        let mut weight = self.embeddings().clone();
+        visitor.parameter(path, "weight", &mut weight)?;
+        *self = Self::new(weight, self.hidden_size());
+        Ok(())
+    }
+}
 
 impl<T: ?Sized> LoraTargets for PhantomData<T> {
     const TARGETS: TargetTree = TargetTree::Empty;

@@ -17,13 +17,6 @@ pub trait Adaptable {}
 impl Adaptable for nn::Linear {}
 
 #[diagnostic::on_unimplemented(
-    message = "`candle_nn::Embedding` can't be frozen with the model",
-    label = "use `lora_core::nn::Embedding`"
-)]
-pub trait Freezable {}
-impl Freezable for nn::Embedding {}
-
-#[diagnostic::on_unimplemented(
     message = "the forward pass of `candle_nn::RmsNorm` silently cuts the gradient",
     label = "use `lora_core::nn::RmsNorm`"
 )]
@@ -61,7 +54,6 @@ macro_rules! refused {
 
 refused! {
     (candle_nn::Linear): Adaptable;
-    (candle_nn::Embedding): Freezable;
     (candle_nn::RmsNorm): RmsNormWithGradient;
     (candle_nn::LayerNorm): LayerNormWithGradient;
     for<T> (Arc<T>): Owned;

@@ -6,7 +6,7 @@ struct Block {
 }
 
 #[derive(LoraTargets)]
-struct Encoder<T> {
+pub struct Encoder<T> {
     layers: Vec<T>,
 }
 

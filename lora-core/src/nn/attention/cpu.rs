@@ -10,12 +10,12 @@ use rayon::prelude::*;
 
 use super::{NAME, Sequence};
 use crate::nn::cpu::{
-    Element, Matrix, Reader, Real, TILE, dispatch_float, fold, fold2, matmul_add,
+    BLOCK, Element, Matrix, Reader, Real, dispatch_float, fold, fold2, matmul_add,
     parallel_worthwhile, slice, vectorize,
 };
 
 /// Query rows in one block: their scores stay in the cache up to some thousand keys.
-const BLOCK: usize = 32;
+const ROWS: usize = 32;
 
 /// Up to so many query rows, scores are taken row by row and the keys are not packed.
 const FEW_ROWS: usize = 3;
@@ -79,31 +79,29 @@ impl<T: Real> Head<'_, T> {
         }
     }
 
-    /// `a Kᵀ` (or `a Vᵀ`) for `rows` query rows from `row`, `[rows, stride]`; keys beyond the last
-    /// visible one may hold anything.
+    /// `a Kᵀ` (or `a Vᵀ`) for `rows` query rows from `row`, for the keys that the last of
+    /// them sees.
     #[inline(always)]
     fn scores(&self, a: &[T], row: usize, rows: usize, keys: &[T], panels: &[T]) -> Vec<T> {
         let dim = self.dims.dim;
         let visible = self.seq.past() + row + rows;
-        let stride = visible.next_multiple_of(TILE);
-        let mut scores = vec![T::ZERO; rows * stride];
+        let mut scores = vec![T::ZERO; rows * visible];
         if panels.is_empty() {
-            for (i, scores) in scores.chunks_exact_mut(stride).enumerate() {
+            for (i, scores) in scores.chunks_exact_mut(visible).enumerate() {
                 let a = &a[self.q_at(row + i)..][..dim];
-                for (j, score) in scores[..visible].iter_mut().enumerate() {
+                for (j, score) in scores.iter_mut().enumerate() {
                     let key = &keys[self.kv_at() + j * self.kv_stride()..][..dim];
                     *score = fold2(a, key, |a, b| a * b);
                 }
             }
         } else {
             let a = self.q_rows(a, row);
-            for (j, panel) in panels
-                .chunks_exact(dim * TILE)
-                .take(stride / TILE)
-                .enumerate()
+            for (panel, j) in panels
+                .chunks_exact(dim * BLOCK)
+                .zip((0..visible).step_by(BLOCK))
             {
-                let scores = (&mut scores[j * TILE..], stride);
-                matmul_add([rows, TILE, dim], a, (panel, TILE), scores);
+                let size = [rows, BLOCK.min(visible - j), dim];
+                matmul_add(size, a, (panel, BLOCK), (&mut scores[j..], visible));
             }
         }
         scores
@@ -115,9 +113,8 @@ impl<T: Real> Head<'_, T> {
         let dim = self.dims.dim;
         let visible = self.seq.past() + row + rows;
         let mut probs = self.scores(self.q, row, rows, self.k, self.k_panels);
-        let stride = probs.len() / rows;
         let mut log_sums = Vec::with_capacity(rows);
-        for (i, probs) in probs.chunks_exact_mut(stride).enumerate() {
+        for (i, probs) in probs.chunks_exact_mut(visible).enumerate() {
             let (seen, hidden) = probs.split_at_mut(self.seq.past() + row + i + 1);
             let max = fold(seen, T::NEG_INFINITY, Real::larger, |x| x) * self.scale;
             for prob in seen.iter_mut() {
@@ -133,7 +130,7 @@ impl<T: Real> Head<'_, T> {
         }
         let probs = Matrix {
             data: &probs,
-            row_stride: stride,
+            row_stride: visible,
             col_stride: 1,
         };
         let mut ys = vec![T::ZERO; rows * dim];
@@ -155,10 +152,9 @@ impl<T: Real> Head<'_, T> {
         let visible = self.seq.past() + row + rows;
         let mut probs = self.scores(self.q, row, rows, self.k, self.k_panels);
         let mut ds = self.scores(saved.grad, row, rows, self.v, v_panels); // dp first
-        let stride = probs.len() / rows;
         let rows_of = probs
-            .chunks_exact_mut(stride)
-            .zip(ds.chunks_exact_mut(stride));
+            .chunks_exact_mut(visible)
+            .zip(ds.chunks_exact_mut(visible));
         for (i, (probs, ds)) in rows_of.enumerate() {
             let at = self.q_at(row + i);
             let delta: T = fold2(&saved.grad[at..][..dim], &saved.ys[at..][..dim], |g, y| {
@@ -176,13 +172,13 @@ impl<T: Real> Head<'_, T> {
         }
         let by_row = Matrix {
             data: &ds,
-            row_stride: stride,
+            row_stride: visible,
             col_stride: 1,
         };
         let by_key = |data| Matrix {
             data,
             row_stride: 1,
-            col_stride: stride,
+            col_stride: visible,
         };
         let k = (&self.k[self.kv_at()..], self.kv_stride());
         let q = (&self.q[self.q_at(row)..], self.q_stride());
@@ -200,20 +196,20 @@ struct Saved<'a, T> {
     log_sums: &'a [f64],
 }
 
-/// Keys (or values) of one head as panels of [`TILE`] keys: `[k_len / TILE, dim, TILE]`, filled up
+/// Keys (or values) of one head as panels of [`BLOCK`] keys: `[k_len / BLOCK, dim, BLOCK]`, filled up
 /// with zeros, so that a matrix product reads them in order.
 fn pack<T: Real>(xs: &[T], seq: Sequence, kv_head: usize, dims: Dims) -> Vec<T> {
     if seq.q_len <= FEW_ROWS {
         return Vec::new();
     }
     let dim = dims.dim;
-    let mut panels = vec![T::ZERO; seq.k_len.next_multiple_of(TILE) * dim];
-    for (j, panel) in panels.chunks_exact_mut(dim * TILE).enumerate() {
-        for lane in 0..TILE.min(seq.k_len - j * TILE) {
-            let key = seq.k_start + j * TILE + lane;
+    let mut panels = vec![T::ZERO; seq.k_len.next_multiple_of(BLOCK) * dim];
+    for (j, panel) in panels.chunks_exact_mut(dim * BLOCK).enumerate() {
+        for lane in 0..BLOCK.min(seq.k_len - j * BLOCK) {
+            let key = seq.k_start + j * BLOCK + lane;
             let key = &xs[(key * dims.kv_heads + kv_head) * dim..][..dim];
             for (d, &x) in key.iter().enumerate() {
-                panel[d * TILE + lane] = x;
+                panel[d * BLOCK + lane] = x;
             }
         }
     }
@@ -291,14 +287,17 @@ impl CausalAttention {
         let blocks: Vec<_> = self
             .heads(dims)
             .flat_map(|(i, head)| {
-                let starts = (0..self.sequences[i].q_len).step_by(BLOCK);
+                let starts = (0..self.sequences[i].q_len).step_by(ROWS);
                 starts.map(move |row| (i, head, row))
             })
             .collect();
         let outputs = map_all(&blocks, self.work(dims), |&(i, head, row)| {
-            let rows = BLOCK.min(self.sequences[i].q_len - row);
+            let rows = ROWS.min(self.sequences[i].q_len - row);
             let head = self.head((i, head), dims, qkv, &k_panels);
-            vectorize(|| head.forward(row, rows))
+            vectorize(
+                #[inline(always)]
+                || head.forward(row, rows),
+            )
         });
 
         let dim = dims.dim;
@@ -345,10 +344,13 @@ impl CausalAttention {
             let v_panels = &v_panels[i * dims.kv_heads + head.kv_head];
             let zeros = |len: usize| vec![E::Acc::ZERO; len * dim];
             let (mut dq, mut dk, mut dv) = (zeros(seq.q_len), zeros(seq.k_len), zeros(seq.k_len));
-            for row in (0..seq.q_len).step_by(BLOCK) {
-                let rows = BLOCK.min(seq.q_len - row);
+            for row in (0..seq.q_len).step_by(ROWS) {
+                let rows = ROWS.min(seq.q_len - row);
                 let grads = [&mut dq[..], &mut dk, &mut dv];
-                vectorize(|| head.backward((row, rows), &saved, v_panels, grads));
+                vectorize(
+                    #[inline(always)]
+                    || head.backward((row, rows), &saved, v_panels, grads),
+                );
             }
             [dq, dk, dv]
         });

@@ -2,11 +2,8 @@
 
 use super::Real;
 
-/// The columns of one register tile.
-pub(crate) const TILE: usize = 16;
-
-/// The rows of one register tile.
-const TILE_ROWS: usize = 4;
+/// The side of the blocks of `b`: one block stays in the first cache while all rows of `a` pass.
+pub(crate) const BLOCK: usize = 64;
 
 /// A matrix in a slice: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -26,62 +23,32 @@ pub(crate) fn matmul_add<T: Real>(
     (b, b_stride): (&[T], usize),
     (c, c_stride): (&mut [T], usize),
 ) {
-    if k == 0 {
-        return;
-    }
-    for j in (0..n).step_by(TILE) {
-        let width = TILE.min(n - j);
-        let b = (&b[j..], b_stride);
-        for i in (0..m).step_by(TILE_ROWS) {
-            let a = Matrix {
-                data: &a.data[i * a.row_stride..],
-                ..a
-            };
-            let c = (&mut c[i * c_stride + j..], c_stride);
-            match m - i {
-                1 => tile::<T, 1>(width, k, a, b, c),
-                2 => tile::<T, 2>(width, k, a, b, c),
-                3 => tile::<T, 3>(width, k, a, b, c),
-                _ => tile::<T, TILE_ROWS>(width, k, a, b, c),
-            }
-        }
-    }
-}
-
-/// [`matmul_add`] for `ROWS` rows and at most [`TILE`] columns, summed in registers.
-#[inline(always)]
-fn tile<T: Real, const ROWS: usize>(
-    width: usize,
-    k: usize,
-    a: Matrix<'_, T>,
-    (b, b_stride): (&[T], usize),
-    (c, c_stride): (&mut [T], usize),
-) {
-    let mut sums = [[T::ZERO; TILE]; ROWS];
-    if width == TILE {
-        for p in 0..k {
-            let b_row = &b[p * b_stride..][..TILE];
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let a = a.data[i * a.row_stride + p * a.col_stride];
-                for (sum, &b) in sums.iter_mut().zip(b_row) {
-                    *sum += a * b;
+    let a = |i: usize, p: usize| a.data[i * a.row_stride + p * a.col_stride];
+    for p_block in (0..k).step_by(BLOCK) {
+        let p_end = k.min(p_block + BLOCK);
+        for j in (0..n).step_by(BLOCK) {
+            let width = BLOCK.min(n - j);
+            let b_row = |p: usize| &b[p * b_stride + j..][..width];
+            for i in 0..m {
+                let c_row = &mut c[i * c_stride + j..][..width];
+                // Four rows of b at a time, so that c is read and written a quarter as often.
+                let mut p = p_block;
+                while p + 4 <= p_end {
+                    let (a0, a1, a2, a3) = (a(i, p), a(i, p + 1), a(i, p + 2), a(i, p + 3));
+                    let (b0, b1) = (b_row(p), b_row(p + 1));
+                    let (b2, b3) = (b_row(p + 2), b_row(p + 3));
+                    for j in 0..width {
+                        c_row[j] += (a0 * b0[j] + a1 * b1[j]) + (a2 * b2[j] + a3 * b3[j]);
+                    }
+                    p += 4;
+                }
+                for p in p..p_end {
+                    let a = a(i, p);
+                    for (c, &b) in c_row.iter_mut().zip(b_row(p)) {
+                        *c += a * b;
+                    }
                 }
             }
-        }
-    } else {
-        for p in 0..k {
-            let b_row = &b[p * b_stride..][..width];
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let a = a.data[i * a.row_stride + p * a.col_stride];
-                for (sum, &b) in sums.iter_mut().zip(b_row) {
-                    *sum += a * b;
-                }
-            }
-        }
-    }
-    for (i, sums) in sums.iter().enumerate() {
-        for (c, &sum) in c[i * c_stride..][..width].iter_mut().zip(sums) {
-            *c += sum;
         }
     }
 }

@@ -12,10 +12,13 @@ mod rows;
 use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail};
 
 pub(crate) use element::{Element, Real, dispatch_float};
-pub(crate) use matmul::{Matrix, TILE, matmul_add};
+pub(crate) use matmul::{BLOCK, Matrix, matmul_add};
 pub(crate) use rows::{fold, fold2, fold3, map_row_pairs, map_rows, parallel_worthwhile};
 
 /// Compiles `body` for the widest vector instructions of this CPU and runs it.
+///
+/// Give it a closure that is `#[inline(always)]`: one that is not inlined keeps the instructions of
+/// the slowest CPU.
 #[inline(always)]
 pub(crate) fn vectorize<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
