@@ -91,8 +91,8 @@ fn run(args: Args) -> Result<ExitCode> {
     }
 
     let dev = cli::device(&settings.device)?;
-    let pretrained = cli::open_model(settings.model.as_deref())?;
     let (train, test) = rows(&settings)?;
+    let pretrained = cli::open_model(settings.model.as_deref())?;
     let fingerprint = data::fingerprint(&train);
     let (train, cut) = batch::examples(&train, &pretrained.tokenizer, settings.seq_len)?;
     if cut != batch::Truncated::default() {

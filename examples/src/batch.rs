@@ -37,7 +37,8 @@ impl Example {
                 ids.extend(tokenizer.encode(completion)?);
                 let answer = start..ids.len();
                 ids.push(tokenizer.end_token());
-                Self::checked(ids, vec![start..answer.end + 1], answer)
+                let learned = start..ids.len();
+                Self::checked(ids, vec![learned], answer)
             }
             Row::Chat(messages) => {
                 let mut ids = Vec::new();
@@ -232,10 +233,10 @@ mod tests {
     use crate::tokenizer::Message;
 
     fn row(ids: &[u32], answer: Range<usize>) -> Example {
-        let learned = vec![answer.start..ids.len()];
+        let learned = answer.start..ids.len();
         Example {
             ids: ids.to_vec(),
-            learned,
+            learned: vec![learned],
             answer,
         }
     }
@@ -295,10 +296,9 @@ mod tests {
     fn truncation_keeps_only_rows_with_something_to_learn() {
         let mut long = row(&[5, 6, 7, 8, 2], 3..4);
         assert!(long.truncate(4));
-        assert_eq!(
-            (long.ids.len(), &long.learned[..], long.answer.clone()),
-            (4, &[3..4][..], 3..4)
-        );
+        let kept = 3..4;
+        assert_eq!(long.ids, [5, 6, 7, 8]);
+        assert_eq!((&long.learned, &long.answer), (&vec![kept.clone()], &kept));
         assert!(!long.truncate(3));
     }
 }

