@@ -3,4 +3,5 @@
 mod config;
 mod golden;
 mod linear;
+mod llama;
 mod model;
