@@ -68,7 +68,10 @@ pub(crate) fn attach<M: LoraTargets>(
     let by_path = adapters
         .into_iter()
         .map(|lora| (lora.path().to_string(), lora));
-    let mut attach = Attach(by_path.collect());
+    let mut attach = Attach {
+        adapters: by_path.collect(),
+        frozen: HashMap::new(),
+    };
     model.patch_linear(&mut ModulePath::root(), &mut attach)?;
     Ok(report)
 }
