@@ -1,1 +1,18 @@
-//! kernels
+//! CUDA kernels for LoRA linears, compiled at run time for the card found.
+
+mod cubin;
+mod dropout;
+mod element;
+mod error;
+mod gemm;
+mod kernels;
+mod linear;
+mod skinny;
+
+pub use dropout::{Dropout, Place};
+pub use element::{DType, Element};
+pub use error::{Error, Result};
+pub use gemm::F32Math;
+pub use kernels::{Kernels, first_device};
+pub use linear::{Forward, Gradients, InputGradient, LoraLinear, Saved};
+pub use skinny::Rows;
