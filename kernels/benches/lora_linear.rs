@@ -1,7 +1,8 @@
 //! R = (LoRA forward + dx + dA + dB) / (frozen forward + dx), baseline and candidate interleaved.
 //!
 //! `cargo bench -p lora-kernels`; needs a device, and says so where there is none. Arguments after `--`:
-//! `once M K N r p` runs one forward and backward (for a profiler), `quick` takes fewer repetitions.
+//! `once M K N r p` runs one forward and backward (for a profiler), `quick` takes fewer repetitions,
+//! `general` takes the general path.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
-use lora_kernels::{Dropout, F32Math, InputGradient, Kernels, LoraLinear, Place, Rows, first_device};
+use lora_kernels::{Dropout, F32Math, InputGradient, Kernels, LoraLinear, Place, Preference, Rows, first_device};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -50,10 +51,11 @@ fn main() -> Result<()> {
         println!("skipped: no CUDA driver or no device here");
         return Ok(());
     };
-    let kernels = Kernels::new(&context)?;
-    let stream = context.new_stream()?;
-    println!("{}, {}", context.name()?, kernels.arch());
-    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+        let stream = context.new_stream()?;
+        let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let general = args.iter().any(|a| a == "general");
+    let preference = if general { Preference::General } else { Preference::Fastest };
+    let kernels = Kernels::new(&context)?.prefer(preference);
     if args.first().is_some_and(|a| a == "once") {
         let number = |i: usize| args.get(i).and_then(|a| a.parse::<f64>().ok()).unwrap_or(0.0);
         let s = Shape {
@@ -71,6 +73,7 @@ fn main() -> Result<()> {
         }
         return Ok(stream.synchronize()?);
     }
+    println!("{}, {}, {preference:?}", context.name()?, kernels.arch());
     let repetitions = if args.iter().any(|a| a == "quick") { 20 } else { 60 };
     println!("| tokens | in→out | r | p | frozen µs | LoRA µs | forward | backward | R | must | reached |");
     println!("|--|--|--|--|--|--|--|--|--|--|--|");

@@ -11,6 +11,7 @@ use cudarc::nvrtc::Ptx;
 use crate::cubin::{self, Compiler, Request};
 use crate::error::{Error, Result};
 use crate::gemm::Blas;
+use crate::path::Preference;
 
 /// The kernels of one CUDA context: compiled at first use for the card found, kept in memory and on
 /// disk (`$LORA_KERNELS_CACHE`, else the user's cache folder). Cheap to share between threads.
@@ -22,6 +23,7 @@ pub struct Kernels {
     compiler: Compiler,
     functions: Mutex<HashMap<Instance, CudaFunction>>,
     blas: Blas,
+    preference: Preference,
 }
 
 /// A source with its options.
@@ -39,6 +41,7 @@ pub(crate) enum Kernel {
     Expand,
     Outer,
     Reduce,
+    Gemm,
 }
 
 impl Kernel {
@@ -49,6 +52,7 @@ impl Kernel {
             Self::Expand => "expand",
             Self::Outer => "outer",
             Self::Reduce => "reduce",
+            Self::Gemm => "gemm",
         }
     }
 
@@ -64,6 +68,7 @@ impl Kernel {
             Self::Expand => with_tile!("expand.cu"),
             Self::Outer => with_tile!("outer.cu"),
             Self::Reduce => with_tile!("reduce.cu"),
+            Self::Gemm => with_tile!("gemm.cu"),
         }
     }
 }
@@ -85,6 +90,7 @@ impl Kernels {
             compiler: Compiler::new(cubin::default_dir())?,
             functions: Mutex::default(),
             blas: Blas::new(context)?,
+            preference: Preference::default(),
         })
     }
 
@@ -104,6 +110,11 @@ impl Kernels {
         Ok(kernels)
     }
 
+    /// The same kernels, choosing paths by `preference`.
+    pub fn prefer(self, preference: Preference) -> Self {
+        Self { preference, ..self }
+    }
+
     /// Architecture that the kernels are compiled for, for example `sm_90a`.
     pub fn arch(&self) -> &str {
         self.arch
@@ -111,6 +122,10 @@ impl Kernels {
 
     pub(crate) fn blas(&self) -> &Blas {
         &self.blas
+    }
+
+    pub(crate) fn preference(&self) -> Preference {
+        self.preference
     }
 
     pub(crate) fn multiprocessors(&self) -> usize {

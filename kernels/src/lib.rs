@@ -5,8 +5,10 @@ mod dropout;
 mod element;
 mod error;
 mod gemm;
+mod hopper;
 mod kernels;
 mod linear;
+mod path;
 mod skinny;
 
 pub use dropout::{Dropout, Place};
@@ -15,4 +17,5 @@ pub use error::{Error, Result};
 pub use gemm::F32Math;
 pub use kernels::{Kernels, first_device};
 pub use linear::{Forward, Gradients, InputGradient, LoraLinear, Saved};
+pub use path::{Path, Preference, Reason};
 pub use skinny::Rows;

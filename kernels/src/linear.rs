@@ -19,7 +19,9 @@ use crate::dropout::{Dropout, Place};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result, expect_size};
 use crate::gemm::{F32Math, Product, Shape};
+use crate::hopper::Fused;
 use crate::kernels::Kernels;
+use crate::path::Path;
 use crate::skinny::{Launcher, Layout, Rows, padded_rank};
 
 /// A frozen linear and its adapter; `T` is the dtype of the base, `P` of the adapter (`T` or `f32`).
@@ -109,8 +111,25 @@ impl Kernels {
             (in_features, out_features),
         )?;
         let s = launcher.shrink(xs, &a, rank, linear.scaling, pre)?;
-        let mut ys = launcher.expand((&s, xs.rows), (&b, out_features), rank, linear.bias.as_ref(), post)?;
-        self.accumulate(stream, Product::Forward, xs, linear, &mut ys)?;
+        let ys = match linear.path(&launcher, Product::Forward, xs) {
+            Path::Hopper => launcher.fused(Fused {
+                product: Product::Forward,
+                input: xs,
+                weight: &linear.weight,
+                w_rows: out_features,
+                w_cols: in_features,
+                bias: linear.bias.as_ref(),
+                q: &s,
+                p: &b,
+                rank,
+                mask: post,
+            })?,
+            Path::General(_) => {
+                let mut ys = launcher.expand((&s, xs.rows), (&b, out_features), rank, linear.bias.as_ref(), post)?;
+                self.accumulate(stream, Product::Forward, xs, linear, &mut ys)?;
+                ys
+            }
+        };
         Ok(Forward { ys, saved: Saved { s } })
     }
 
@@ -180,8 +199,10 @@ impl Kernels {
         let pre = Dropout::at(linear.dropout, Place::Pre);
         let post = Dropout::at(linear.dropout, Place::Post);
 
+        let path = linear.path(&launcher, Product::Backward, dys);
+        let a_layout = if path == Path::Hopper { Layout::RankRows } else { Layout::RankCols };
         let (a, b) = launcher.pack::<T, P>(
-            (&linear.a, Layout::RankCols),
+            (&linear.a, a_layout),
             (&linear.b, Layout::RankRows),
             rank,
             (in_features, out_features),
@@ -193,9 +214,36 @@ impl Kernels {
         if input == InputGradient::Skipped {
             return Ok(None);
         }
-        let mut dxs = launcher.expand((&ds, xs.rows), (&a, in_features), rank, None, pre)?;
-        self.accumulate(stream, Product::Backward, dys, linear, &mut dxs)?;
+        let dxs = match path {
+            Path::Hopper => launcher.fused(Fused {
+                product: Product::Backward,
+                input: dys,
+                weight: &linear.weight,
+                w_rows: out_features,
+                w_cols: in_features,
+                bias: None,
+                q: &ds,
+                p: &a,
+                rank,
+                mask: pre,
+            })?,
+            Path::General(_) => {
+                let mut dxs = launcher.expand((&ds, xs.rows), (&a, in_features), rank, None, pre)?;
+                self.accumulate(stream, Product::Backward, dys, linear, &mut dxs)?;
+                dxs
+            }
+        };
         Ok(Some(dxs))
+    }
+
+    /// How [`Kernels::forward`] computes this layer, and why not faster.
+    pub fn forward_path<T: Element, P: Element>(&self, stream: &Arc<CudaStream>, xs: &Rows<T>, linear: &LoraLinear<T, P>) -> Path {
+        linear.path(&Launcher { kernels: self, stream }, Product::Forward, xs)
+    }
+
+    /// How [`Kernels::backward`] computes the gradient of the input, and why not faster.
+    pub fn backward_path<T: Element, P: Element>(&self, stream: &Arc<CudaStream>, dys: &Rows<T>, linear: &LoraLinear<T, P>) -> Path {
+        linear.path(&Launcher { kernels: self, stream }, Product::Backward, dys)
     }
 
     /// `out += input · op(W)`
@@ -255,6 +303,12 @@ impl Kernels {
 }
 
 impl<T: Element, P: Element> LoraLinear<'_, T, P> {
+    fn path(&self, launcher: &Launcher, product: Product, input: &Rows<T>) -> Path {
+        let place = if product == Product::Forward { Place::Post } else { Place::Pre };
+        let mask = Dropout::at(self.dropout, place);
+        launcher.path(product, input, (&self.weight, self.out_features, self.in_features), self.rank, mask)
+    }
+
     fn check(&self) -> Result<()> {
         if P::DTYPE != T::DTYPE && P::DTYPE != DType::F32 {
             return Err(Error::AdapterDType { adapter: P::DTYPE, base: T::DTYPE });

@@ -78,7 +78,7 @@ impl Launcher<'_> {
         unsafe { self.stream.alloc(len) }.map_err(Error::allocation(what, len * size_of::<T>()))
     }
 
-    fn function(&self, kernel: Kernel, defines: Vec<(&'static str, u32)>) -> Result<CudaFunction> {
+    pub fn function(&self, kernel: Kernel, defines: Vec<(&'static str, u32)>) -> Result<CudaFunction> {
         self.kernels.function(Instance { kernel, defines }, 0)
     }
 
@@ -259,7 +259,7 @@ impl Launcher<'_> {
     }
 
     /// Whether whole 16-byte vectors can be loaded from `rows`.
-    fn aligned<T: Element>(&self, rows: &Rows<T>) -> bool {
+    pub fn aligned<T: Element>(&self, rows: &Rows<T>) -> bool {
         let vector = T::DTYPE.vector();
         self.address(&rows.data) % 16 == 0 && rows.stride % vector == 0 && rows.cols % vector == 0
     }

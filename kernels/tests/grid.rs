@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 use half::{bf16, f16};
-use lora_kernels::{Dropout, Kernels, Place};
+use lora_kernels::{Dropout, Kernels, Place, Preference};
 
 use support::{Case, Real, check, device};
 
@@ -107,4 +107,32 @@ fn an_empty_batch_gives_empty_outputs_and_zero_gradients() {
     with_device(|kernels, stream| {
         every_dtype(kernels, stream, &Case { bias: true, ..Case::new(0, 64, 96, 8) });
     });
+}
+
+#[test]
+fn the_hopper_path_matches_f64_wherever_it_can_run() {
+    let Some(context) = device() else { return };
+    let (kernels, stream) = (Kernels::new(&context).unwrap().prefer(Preference::Hopper), context.new_stream().unwrap());
+    for (tokens, in_features, out_features, rank) in [
+        (256, 256, 256, 16),
+        (512, 512, 512, 1),
+        (1, 64, 64, 8),
+        (7, 8, 8, 4),
+        (300, 1000, 264, 24),
+        (129, 264, 1000, 64),
+        (2049, 520, 648, 40),
+        (333, 128, 4096, 16),
+        (1000, 14336, 512, 16),
+        (300, 512, 768, 128),
+        (300, 768, 512, 256),
+    ] {
+        let case = Case { bias: true, ..Case::new(tokens, in_features, out_features, rank) };
+        check::<bf16, f32>(&kernels, &stream, &case);
+        check::<f16, f16>(&kernels, &stream, &Case { bias: false, gap: 8, offset: 16, ..case.clone() });
+        for (place, post) in [(Place::Pre, false), (Place::Post, true)] {
+            let dropout = Some(Dropout::new(place, 0.3, 0x1234_5678_9abc_def0, 17, 1 << 33 | 5).unwrap());
+            check::<bf16, f32>(&kernels, &stream, &Case { dropout, post, ..case.clone() });
+            check::<f16, f32>(&kernels, &stream, &Case { dropout, post, gap: 8, ..case.clone() });
+        }
+    }
 }
