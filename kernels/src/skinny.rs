@@ -45,7 +45,11 @@ impl<'a, T> Rows<'a, T> {
 
 /// Rank as the kernels see it: whole tensor core tiles.
 pub(crate) fn padded_rank(rank: usize) -> usize {
-    rank.next_multiple_of(if rank <= 64 { 16 } else { 64 })
+    rank.next_multiple_of(match rank {
+        0..=32 => 16,
+        33..=64 => 32,
+        _ => 64,
+    })
 }
 
 /// Width as the kernels see it: whole steps of a warp.
@@ -121,8 +125,14 @@ impl Launcher<'_> {
             return Ok(s);
         }
         let tile = rank_tile(padded);
-        let wide = T::DTYPE != DType::F32 || tile <= 32;
-        let row_tiles = if xs.rows >= 32 * self.kernels.multiprocessors() && wide { 2 } else { 1 };
+        // More rows a block reuse `a` better; more blocks fill the card.
+        let full_card = |row_tiles: usize| xs.rows.div_ceil(16 * row_tiles) * 10 >= 9 * self.kernels.multiprocessors();
+        let row_tiles = match (T::DTYPE, tile) {
+            (DType::F32, 33..) => 1,
+            (DType::Bf16 | DType::F16, 33..) if full_card(4) => 4,
+            _ if full_card(2) => 2,
+            _ => 1,
+        };
         let warps = if xs.rows.div_ceil(16) * (padded / tile) < self.kernels.multiprocessors() && tile <= 32 { 16 } else { 8 };
         let function = self.function(
             Kernel::Shrink,
@@ -196,9 +206,9 @@ impl Launcher<'_> {
         }
         let tile = rank_tile(padded);
         let warp_cols = 8 * T::DTYPE.vector();
-        let step = 32 * if tile <= 32 { 2 } else { 1 }; // rows that keep half the warps busy
         let col_blocks = z.cols.div_ceil(warp_cols);
-        let splits = (2 * self.kernels.multiprocessors()).div_ceil(col_blocks * (padded / tile)).min(z.rows.div_ceil(8 * step)).max(1);
+        // One wave of two blocks a multiprocessor, of 256 rows or more each.
+        let splits = (2 * self.kernels.multiprocessors() / (col_blocks * (padded / tile))).min(z.rows.div_ceil(256)).max(1);
         let rows_per_split = z.rows.div_ceil(splits).next_multiple_of(16);
         let splits = z.rows.div_ceil(rows_per_split);
         let function = self.function(

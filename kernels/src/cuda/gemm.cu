@@ -7,7 +7,7 @@
 // tiles of W by multicast. One warp loads through the tensor memory accelerator into STAGES
 // buffers; two warpgroups of 64 rows each multiply from there (wgmma) with the sums in registers.
 // The rank comes last: without dropout as further depth, with dropout by mma.sync into fresh
-// registers that are masked before they are added. Blocks stay for several tiles, and the loads of
+// registers that are masked before they are added; the mask is drawn while wgmma runs. Blocks stay for several tiles, and the loads of
 // the next tile run during the stores of the last. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at
 // most 64), RANK_STEPS = the rank's last 1 to 4 steps of 16.
 constexpr int TILE_ROWS = 128, TILE_COLS = 256, TILE_DEPTH = 64;
@@ -24,6 +24,8 @@ struct alignas(64) TensorMap {
 };
 
 // ---- barriers, copies, clusters ------------------------------------------------------------
+// The barriers order the copy engine and wgmma (async proxy), which needs no fence of wider scope;
+// `.release.cluster` would put a memory barrier of the whole card into every step.
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return (u32)__cvta_generic_to_shared(p);
 }
@@ -36,12 +38,12 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block) : "memory");
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
   asm volatile(
       "{\n.reg .pred done;\nWAIT:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar), "r"(parity) : "memory");
 }
 __device__ __forceinline__ void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
@@ -141,9 +143,33 @@ __device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], u32 address) {
 // Address of 16-byte chunk `chunk` of a 128-byte row under the swizzle.
 __device__ __forceinline__ u32 swizzled(u32 base, int row, int chunk) { return base + row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// d += D(q p) for the 16 rows of a warp; q and p stand in a stage. `row` is the warp's first.
-__device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, int rank, i64 row, int col, int cols, int lane, const Dropout& dropout) {
-  int g = lane >> 2, t = lane & 3;
+// Which of a thread's 128 elements are kept, drawn one block of 8 at a time during the products.
+// Draw i = 2 * block + h is for row g + 8h and columns 8t .. 8t + 7 of the 32-column block `block`.
+struct Keep {
+  u32 bits[4] = {};
+  int drawn = 0;
+  __device__ __forceinline__ void draw(const Dropout& dropout, i64 row, int col, int cols, int lane) {
+    int g = lane >> 2, t = lane & 3;
+    Draws draws = philox(dropout, ((u64)(row + g + 8 * (drawn & 1)) * cols + col + (drawn >> 1) * 32 + t * 8) >> 3);
+    u32 byte = 0, least = dropout.threshold << 16;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      if (draws.w[w] << 16 >= least) byte |= 1 << (2 * w);
+      if (draws.w[w] >= least) byte |= 2 << (2 * w);
+    }
+    // A shift register of 16 bytes: after the last draw, draw 0 is the lowest byte.
+    bits[0] = __funnelshift_r(bits[0], bits[1], 8);
+    bits[1] = __funnelshift_r(bits[1], bits[2], 8);
+    bits[2] = __funnelshift_r(bits[2], bits[3], 8);
+    bits[3] = bits[3] >> 8 | byte << 24;
+    ++drawn;
+  }
+};
+constexpr int DRAWS = TILE_COLS / 32 * 2;
+
+// d += D(q p) for the 16 rows of a warp; q and p stand in a stage.
+__device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, int rank, const Keep& keep, float scale, int lane) {
+  int t = lane & 3;
 #pragma unroll
   for (int block = 0; block < TILE_COLS / 32; ++block) {  // 32 columns: 4 tiles of 8
     float low[4][4] = {};
@@ -166,28 +192,14 @@ __device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, i
         mma(low[2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
       }
     }
-    // Thread t draws for tile t of the four; word w of a block is for the columns of thread w.
-    Draws draws[2];
+    // Thread n of the quad drew for tile n; bits 2t and 2t + 1 of its byte are for this thread.
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      draws[h] = philox(dropout, ((u64)(row + g + 8 * h) * cols + col + block * 32 + t * 8) >> 3);
+    for (int n = 0; n < 4; ++n) {
+      u32 word = __shfl_sync(0xffffffffu, keep.bits[block >> 1], n, 4) >> (16 * (block & 1) + 2 * t);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      // 4 x 4 transpose in the quad: word t of the thread that drew for tile n.
-      u32 mine[4];
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        int to = t ^ step;  // partner; it wants our word `to`
-        u32 give = to == 0 ? draws[h].w[0] : to == 1 ? draws[h].w[1] : to == 2 ? draws[h].w[2] : draws[h].w[3];
-        mine[step] = __shfl_xor_sync(0xffffffffu, give, step);  // of tile t ^ step
-      }
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        int step = t ^ n;
-        u32 word = step == 0 ? mine[0] : step == 1 ? mine[1] : step == 2 ? mine[2] : mine[3];
-        float* at = &d[(block * 4 + n) * 4 + 2 * h];
-        if ((word & 0xffff) >= dropout.threshold) at[0] += low[n][2 * h] * dropout.scale;
-        if (word >> 16 >= dropout.threshold) at[1] += low[n][2 * h + 1] * dropout.scale;
+      for (int c = 0; c < 4; ++c) {
+        float v = low[n][c] * scale;
+        if (word >> (8 * (c >> 1) + (c & 1)) & 1) d[(block * 4 + n) * 4 + c] += v;
       }
     }
   }
@@ -261,6 +273,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       Tile tile = tile_at(index, cluster_rows, cluster_cols, block);
       float d[128];
       int previous = 0;
+#if DROPOUT
+      Keep keep;
+      i64 warp_row = tile.row + math * 64 + warp * 16;
+#endif
       for (int k = 0; k < full_blocks; ++k, ring.next()) {
         u32 at = stages + ring.stage * STAGE_BYTES;
         u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
@@ -271,6 +287,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         for (int step = 0; step < TILE_DEPTH / 16; ++step)
           wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, k > 0 || step > 0);
         wgmma_commit();
+#if DROPOUT
+        if (keep.drawn < DRAWS) keep.draw(dropout, warp_row, tile.col, cols, lane);
+#endif
         wgmma_wait<1>();
         if (k > 0 && thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
         previous = ring.stage;
@@ -280,9 +299,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
       {
         u32 at = stages + ring.stage * STAGE_BYTES;
-        int row = math * 64 + warp * 16;
+        while (keep.drawn < DRAWS) keep.draw(dropout, warp_row, tile.col, cols, lane);
         barrier_wait(full + 8 * ring.stage, ring.parity);
-        add_masked_rank(d, at + row * 128, at + INPUT_BYTES, rank, tile.row + row, tile.col, cols, lane, dropout);
+        add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, rank, keep, dropout.scale, lane);
         warpgroup_sync(math);
         if (thread < CLUSTER) barrier_arrive_at(empty + 8 * ring.stage, thread);
         ring.next();

@@ -3,12 +3,15 @@
 // Pairs of rows have to sit in one register: a thread loads 16 bytes of KSTEP/4 consecutive rows
 // and interleaves them. Thread group g takes 16 bytes at column g * VEC, so a warp reads whole
 // 128-byte lines. The warps of a block split its rows; sums meet in shared memory in a fixed order
-// and the splits in `reduce`, so the result does not depend on timing. Options: RT ranks a block.
+// and the splits in `reduce`, so the result does not depend on timing. Options: RT ranks a block, a
+// multiple of 16, of 32 above 32.
 constexpr int WARPS = 8;
 constexpr int WARP_COLS = 8 * VEC;
 constexpr int ROWS = KSTEP / 4;  // rows of a thread in one step
-constexpr int RANK_TILES = RT / 16;
-constexpr int STEPS = RT <= 32 ? 2 : 1;
+constexpr int RANK_PARTS = RT <= 32 ? 1 : 2;  // warps that share rows and split the ranks
+constexpr int RANK_TILES = RT / 16 / RANK_PARTS;
+constexpr int ROW_WARPS = WARPS / RANK_PARTS;
+constexpr int STEPS = 2;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) outer(
     const T* __restrict__ z,    // [rows, cols], row stride ldz
@@ -17,12 +20,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) outer(
     i64 rows, i64 ldz, int cols, int ldq, i64 rows_per_split, Dropout dropout) {
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   int col0 = blockIdx.x * WARP_COLS, rank0 = blockIdx.z * RT;
+  int rank_part = warp % RANK_PARTS, row_warp = warp / RANK_PARTS;
   i64 begin = (i64)blockIdx.y * rows_per_split;
   i64 end = begin + rows_per_split < rows ? begin + rows_per_split : rows;
   int col = col0 + g * VEC;
 
   float acc[RANK_TILES][VEC][4] = {};
-  for (i64 m0 = begin + warp * (KSTEP * STEPS); m0 < end; m0 += WARPS * KSTEP * STEPS) {
+  for (i64 m0 = begin + row_warp * (KSTEP * STEPS); m0 < end; m0 += ROW_WARPS * KSTEP * STEPS) {
     Vec zv[STEPS][ROWS];
     u32 qv[STEPS][RANK_TILES][ROWS][DTYPE == 0 ? 2 : 1];
 #pragma unroll
@@ -35,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) outer(
 #pragma unroll
         for (int j = 0; j < RANK_TILES; ++j) {
           // Ranks 2g and 2g+1 stand in rows g and g+8 of the tile.
-          const T* at = q + row * ldq + rank0 + j * 16 + 2 * g;
+          const T* at = q + row * ldq + rank0 + (rank_part * RANK_TILES + j) * 16 + 2 * g;
 #if DTYPE == 0
           qv[u][j][r][0] = live ? __float_as_uint(at[0]) : 0;
           qv[u][j][r][1] = live ? __float_as_uint(at[1]) : 0;
@@ -76,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) outer(
     }
   }
 
-  // One rank tile at a time: sums[warp][rank][column].
+  // One rank tile of each part at a time: sums[warp][rank][column].
   __shared__ float sums[WARPS][4][WARP_COLS];
   float scale = 1.f;
 #if DROPOUT
@@ -96,12 +100,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) outer(
             sums[warp][2 * (g & 1) + (c >> 1)][(2 * t + (c & 1)) * VEC + e] = acc[j][e][c];
       }
       __syncthreads();
-      for (int at = threadIdx.x; at < 4 * WARP_COLS; at += WARPS * 32) {
-        int rank = rank0 + j * 16 + quarter * 4 + at / WARP_COLS, c = col0 + at % WARP_COLS;
+      for (int at = threadIdx.x; at < RANK_PARTS * 4 * WARP_COLS; at += WARPS * 32) {
+        int part_of = at / (4 * WARP_COLS), in_part = at % (4 * WARP_COLS), c = col0 + in_part % WARP_COLS;
+        int rank = rank0 + (part_of * RANK_TILES + j) * 16 + quarter * 4 + in_part / WARP_COLS;
         if (c < cols) {
           float sum = 0.f;
 #pragma unroll
-          for (int w = 0; w < WARPS; ++w) sum += sums[w][at / WARP_COLS][at % WARP_COLS];
+          for (int w = 0; w < ROW_WARPS; ++w) sum += sums[w * RANK_PARTS + part_of][in_part / WARP_COLS][in_part % WARP_COLS];
           part[((i64)blockIdx.y * ranks + rank) * cols + c] = scale * sum;
         }
       }

@@ -213,13 +213,16 @@ __device__ __forceinline__ bool kept(const Dropout& d, const Draws& draws, int e
 // Zeroes the dropped elements; survivors are scaled later, in f32.
 __device__ __forceinline__ void drop(const Dropout& d, u64 index, Vec& v) {
   Draws draws = draws_at(d, index);
+  u32 least = d.threshold << 16;
 #pragma unroll
-  for (int e = 0; e < VEC; ++e) {
-    u32 keep = kept(d, draws, e) ? 0xffffffffu : 0u;
+  for (int e = 0; e < VEC; e += 2) {
+    u32 two = draws.w[e >> 1];
 #if DTYPE == 0
-    v.w[e] &= keep;
+    if (two << 16 < least) v.w[e] = 0;
+    if (two < least) v.w[e + 1] = 0;
 #else
-    v.w[e >> 1] &= keep | (e & 1 ? 0x0000ffffu : 0xffff0000u);
+    if (two << 16 < least) v.w[e >> 1] &= 0xffff0000u;
+    if (two < least) v.w[e >> 1] &= 0x0000ffffu;
 #endif
   }
 }
