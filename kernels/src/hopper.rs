@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::gemm::Product;
 use crate::kernels::{Instance, Kernel};
 use crate::path::{Path, Preference, Reason};
-use crate::skinny::{Launcher, Rows, padded_rank, padded_width};
+use crate::skinny::{Launcher, Partial, Rows, padded_rank, padded_width};
 
 // As in gemm.cu.
 const CLUSTER: usize = 2;
@@ -22,6 +22,10 @@ const TILE: usize = 256;
 const DEPTH: usize = 64;
 const STAGES: usize = 4;
 const SHARED_BYTES: usize = STAGES * (128 + 256) * DEPTH * 2 + 4 * 64 * 64 * 2;
+
+/// Blocks times width of the output from which on the side work takes no longer than the tiles: a
+/// multiprocessor reads at least 55 GB/s, and tiles of depth N run at about 790 TFLOP/s on the card.
+const SIDE_WIDTH: usize = 14_000;
 
 /// The matrices of one call: `out = input · op(weight) + bias + D(q · p)`.
 pub(crate) struct Fused<'a, T> {
@@ -38,6 +42,8 @@ pub(crate) struct Fused<'a, T> {
     pub p: &'a CudaSlice<T>,
     pub rank: usize,
     pub mask: Option<Mask>,
+    /// Backward: `S` of the forward, for partial sums of `inputᵀ S` by the blocks that have no tile.
+    pub side: Option<&'a CudaSlice<T>>,
 }
 
 impl Launcher<'_> {
@@ -77,17 +83,29 @@ impl Launcher<'_> {
         4 * useful >= 3 * clusters * tiles.div_ceil(clusters) * TILE * TILE
     }
 
+    /// Blocks that the tiles of the gradient of the input leave over, if they can make the partial
+    /// sums of B's gradient in the same time.
+    pub fn side_blocks(&self, rows: usize, (w_rows, w_cols): (usize, usize), rank: usize) -> usize {
+        let tiles = rows.div_ceil(TILE) * w_cols.div_ceil(TILE);
+        let clusters = self.kernels.multiprocessors() / CLUSTER;
+        let busy = tiles.div_ceil(tiles.div_ceil(clusters).max(1));
+        let blocks = CLUSTER * (clusters - busy);
+        let in_time = blocks * w_cols >= SIDE_WIDTH && tiles >= clusters;
+        if in_time && padded_rank(rank) <= 32 && w_rows > 0 { blocks } else { 0 }
+    }
+
     /// One pass over the output. [`Self::path`] must have chosen [`Path::Hopper`].
-    pub fn fused<T: Element>(&self, call: Fused<T>) -> Result<CudaSlice<T>> {
-        let Fused { product, input, weight, w_rows, w_cols, bias, q, p, rank, mask } = call;
+    pub fn fused<T: Element>(&self, call: Fused<T>) -> Result<(CudaSlice<T>, Option<Partial>)> {
+        let Fused { product, input, weight, w_rows, w_cols, bias, q, p, rank, mask, side } = call;
         let forward = product == Product::Forward;
         let (depth, cols) = if forward { (w_cols, w_rows) } else { (w_rows, w_cols) };
         let rank = padded_rank(rank);
         let rows = input.rows;
         let mut out = self.alloc("the output", rows * cols)?;
         if rows == 0 {
-            return Ok(out);
+            return Ok((out, None));
         }
+        let side_blocks = if side.is_some() { self.side_blocks(rows, (w_rows, w_cols), rank) } else { 0 };
         let instance = Instance {
             kernel: Kernel::Gemm,
             defines: vec![
@@ -96,6 +114,7 @@ impl Launcher<'_> {
                 ("BACKWARD", u32::from(!forward)),
                 ("DROPOUT", u32::from(mask.is_some())),
                 ("RANK_STEPS", ((rank - 1) % DEPTH / 16 + 1) as u32),
+                ("SIDE", u32::from(side_blocks > 0)),
             ],
         };
         let function = self.kernels.function(instance, SHARED_BYTES)?;
@@ -114,7 +133,16 @@ impl Launcher<'_> {
         let out_map = map(out_at, rows, cols, cols, 64)?;
 
         let tiles = rows.div_ceil(TILE) * cols.div_ceil(TILE);
-        let blocks = CLUSTER * tiles.min(self.kernels.multiprocessors() / CLUSTER);
+        let tile_blocks = CLUSTER * tiles.min((self.kernels.multiprocessors() - side_blocks) / CLUSTER);
+        let blocks = tile_blocks + side_blocks;
+        let mut part = self.alloc::<f32>("partial gradients", if side_blocks > 0 { rank * depth } else { 0 })?;
+        let (part_at, part_guard) = part.device_ptr_mut(self.stream);
+        let (side_at, _side) = side.map_or((0, None), |s| {
+            let (at, guard) = s.device_ptr(self.stream);
+            (at, Some(guard))
+        });
+        let side_job =
+            Side { input: input_at, q: side_at, part: part_at, ld: input.stride as i64, blocks: side_blocks as i64 };
         let (rows, cols, depth, rank) = (rows as i32, cols as i32, depth as i32, rank as i32);
         let (mask, null) = (mask.unwrap_or_default(), 0_u64);
         let mut launch = self.stream.launch_builder(&function);
@@ -123,16 +151,31 @@ impl Launcher<'_> {
             Some(bias) => launch.arg(bias),
             None => launch.arg(&null),
         };
-        launch.arg(&rows).arg(&cols).arg(&depth).arg(&rank).arg(&mask);
+        launch.arg(&rows).arg(&cols).arg(&depth).arg(&rank).arg(&mask).arg(&side_job);
         let config =
             LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (384, 1, 1), shared_mem_bytes: SHARED_BYTES as u32 };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,
         // whose sizes the caller checked, and the guards above order the stream after their writers.
         unsafe { launch.launch(config) }.map_err(Error::driver("launch of gemm"))?;
-        drop(out_guard);
-        Ok(out)
+        drop((out_guard, part_guard));
+        let partial = (side_blocks > 0).then(|| Partial::whole(part, depth as usize));
+        Ok((out, partial))
     }
 }
+
+/// Work beside the tiles, laid out as in gemm.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Side {
+    input: u64,
+    q: u64,
+    part: u64,
+    ld: i64,
+    blocks: i64,
+}
+
+// SAFETY: plain words in the layout of the kernel's struct `Side`.
+unsafe impl DeviceRepr for Side {}
 
 /// A description of a matrix for the copy engine, passed to kernels by value.
 #[derive(Clone, Copy)]

@@ -123,7 +123,9 @@ impl Kernels {
                 p: &b,
                 rank,
                 mask: post,
-            })?,
+                side: None,
+            })?
+            .0,
             Path::General(_) => {
                 let mut ys = launcher.expand((&s, xs.rows), (&b, out_features), rank, linear.bias.as_ref(), post)?;
                 self.accumulate(stream, Product::Forward, xs, linear, &mut ys)?;
@@ -208,32 +210,37 @@ impl Kernels {
             (in_features, out_features),
         )?;
         let ds = launcher.shrink(dys, &b, rank, linear.scaling, post)?;
-        let b_part = launcher.outer(dys, &saved.s, rank, post)?;
         let a_part = launcher.outer(xs, &ds, rank, pre)?;
-        launcher.reduce::<T, P>((&a_part, a_grad), (&b_part, b_grad), rank, accumulate)?;
-        if input == InputGradient::Skipped {
-            return Ok(None);
-        }
-        let dxs = match path {
-            Path::Hopper => launcher.fused(Fused {
-                product: Product::Backward,
-                input: dys,
-                weight: &linear.weight,
-                w_rows: out_features,
-                w_cols: in_features,
-                bias: None,
-                q: &ds,
-                p: &a,
-                rank,
-                mask: pre,
-            })?,
+        let (dxs, b_part) = match path {
+            _ if input == InputGradient::Skipped => (None, None),
+            Path::Hopper => {
+                let (dxs, b_part) = launcher.fused(Fused {
+                    product: Product::Backward,
+                    input: dys,
+                    weight: &linear.weight,
+                    w_rows: out_features,
+                    w_cols: in_features,
+                    bias: None,
+                    q: &ds,
+                    p: &a,
+                    rank,
+                    mask: pre,
+                    side: post.is_none().then_some(&saved.s),
+                })?;
+                (Some(dxs), b_part)
+            }
             Path::General(_) => {
                 let mut dxs = launcher.expand((&ds, xs.rows), (&a, in_features), rank, None, pre)?;
                 self.accumulate(stream, Product::Backward, dys, linear, &mut dxs)?;
-                dxs
+                (Some(dxs), None)
             }
         };
-        Ok(Some(dxs))
+        let b_part = match b_part {
+            Some(part) => part,
+            None => launcher.outer(dys, &saved.s, rank, post)?,
+        };
+        launcher.reduce::<T, P>((&a_part, a_grad), (&b_part, b_grad), rank, accumulate)?;
+        Ok(dxs)
     }
 
     /// How [`Kernels::forward`] computes this layer, and why not faster.

@@ -286,6 +286,13 @@ pub(crate) struct Partial {
     cols: usize,
 }
 
+impl Partial {
+    /// Sums that were not split.
+    pub fn whole(part: CudaSlice<f32>, cols: usize) -> Self {
+        Self { part, splits: 1, cols }
+    }
+}
+
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct PackShape {

@@ -53,6 +53,7 @@ fn every_rank_matches_f64() {
 fn large_layers_match_f64() {
     with_device(|kernels, stream| {
         check::<bf16, f32>(kernels, stream, &Case::new(8192, 4096, 4096, 16));
+        check::<bf16, f32>(kernels, stream, &Case { gap: 8, ..Case::new(2048, 4096, 4104, 24) });
         check::<bf16, f32>(kernels, stream, &Case::new(2049, 4096, 14336, 16));
         check::<f16, f32>(kernels, stream, &Case::new(2049, 14336, 4096, 64));
         check::<f32, f32>(kernels, stream, &Case::new(2049, 4096, 4096, 16));

@@ -10,6 +10,9 @@
 // registers that are masked before they are added; the mask is drawn while wgmma runs. Blocks stay for several tiles, and the loads of
 // the next tile run during the stores of the last. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at
 // most 64), RANK_STEPS = the rank's last 1 to 4 steps of 16.
+//
+// SIDE 1 (backward): the output's tiles rarely divide by the card, so the first `side_blocks` blocks
+// make no tiles but the partial sums of dB = inputᵀ · side_q, from memory that has time to spare.
 constexpr int TILE_ROWS = 128, TILE_COLS = 256, TILE_DEPTH = 64;
 constexpr int STAGES = 4;
 constexpr int CLUSTER = 2;
@@ -168,25 +171,26 @@ struct Keep {
 constexpr int DRAWS = TILE_COLS / 32 * 2;
 
 // d += D(q p) for the 16 rows of a warp; q and p stand in a stage.
-__device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, int rank, const Keep& keep, float scale, int lane) {
+__device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, const Keep& keep, float scale, int lane) {
   int t = lane & 3;
 #pragma unroll
   for (int block = 0; block < TILE_COLS / 32; ++block) {  // 32 columns: 4 tiles of 8
     float low[4][4] = {};
-    for (int k = 0; k < rank; k += 16) {
+#pragma unroll 1
+    for (int k = 0; k < RANK_STEPS; ++k) {
       u32 a[4];
-      ldmatrix(a, swizzled(q, lane & 15, (k >> 3) + (lane >> 4)));
+      ldmatrix(a, swizzled(q, lane & 15, 2 * k + (lane >> 4)));
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         u32 b[4];
         int n = block * 32 + pair * 16;
 #if BACKWARD
-        // rows are ranks: lanes 0-15 address ranks k .. k+15 of columns n .. n+7, lanes 16-31 of n+8 .. n+15
+        // rows are ranks: lanes 0-15 address 16 ranks of columns n .. n+7, lanes 16-31 of n+8 .. n+15
         int chunk = (n & 63) / 8 + (lane >> 4);
-        ldmatrix_transposed(b, swizzled(p + (n >> 6) * WEIGHT_COLS_BYTES, k + (lane & 15), chunk));
+        ldmatrix_transposed(b, swizzled(p + (n >> 6) * WEIGHT_COLS_BYTES, k * 16 + (lane & 15), chunk));
 #else
-        // rows are columns of the output: lanes 0-7 ranks k .. k+7 of n .. n+7, 8-15 the next ranks, 16-31 of n+8 ..
-        ldmatrix(b, swizzled(p, n + (lane & 7) + (lane >> 4) * 8, (k >> 3) + (lane >> 3 & 1)));
+        // rows are columns of the output: lanes 0-7 address 8 ranks of n .. n+7, 8-15 the next 8, 16-31 of n+8 ..
+        ldmatrix(b, swizzled(p, n + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
 #endif
         mma(low[2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
         mma(low[2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
@@ -206,6 +210,15 @@ __device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, i
 }
 #endif
 
+// Work beside the product: part[rank, depth] = side_qᵀ · input.
+struct Side {
+  const T* input;  // [rows, depth], row stride ld
+  const T* q;      // [rows, rank]
+  float* part;     // [rank, depth]
+  i64 ld;
+  i64 blocks;
+};
+
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1) gemm(
     const __grid_constant__ TensorMap input_map,   // [rows, depth], box 64 x 128
     const __grid_constant__ TensorMap weight_map,  // box 64 x 128, or 64 x 64 backward
@@ -213,15 +226,26 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     const __grid_constant__ TensorMap p_map,       // as weight_map
     const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 64
     const T* __restrict__ bias,                    // [cols] or null
-    int rows, int cols, int depth, int rank, Dropout dropout) {
+    int rows, int cols, int depth, int rank, Dropout dropout, Side side) {
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   u32 stages = shared_address(shared), stores = stages + STAGES * STAGE_BYTES;
   u32 full = shared_address(barriers), empty = full + STAGES * 8;
 
+#if SIDE
+  if (blockIdx.x < side.blocks) {
+    typedef Outer<12, RANK_STEPS * 16, 4 / RANK_STEPS, false> Block;
+    Block::Sums& sums = *reinterpret_cast<Block::Sums*>(shared);
+    for (int col = blockIdx.x * OUTER_COLS; col < depth; col += side.blocks * OUTER_COLS)
+      Block::run(side.input, side.q, side.part, 0, rows, col, side.ld, depth, rank, dropout, sums);
+    return;
+  }
+#endif
+
   u32 block;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
-  int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+  int side_blocks = (int)side.blocks;
+  int cluster = (blockIdx.x - side_blocks) / CLUSTER, clusters = (gridDim.x - side_blocks) / CLUSTER;
   int cluster_rows = (rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS), cluster_cols = (cols + TILE_COLS - 1) / TILE_COLS;
   int tiles = cluster_rows * cluster_cols;
   int depth_blocks = (depth + TILE_DEPTH - 1) / TILE_DEPTH, rank_blocks = (rank + TILE_DEPTH - 1) / TILE_DEPTH;
@@ -301,7 +325,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         u32 at = stages + ring.stage * STAGE_BYTES;
         while (keep.drawn < DRAWS) keep.draw(dropout, warp_row, tile.col, cols, lane);
         barrier_wait(full + 8 * ring.stage, ring.parity);
-        add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, rank, keep, dropout.scale, lane);
+        add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, dropout.scale, lane);
         warpgroup_sync(math);
         if (thread < CLUSTER) barrier_arrive_at(empty + 8 * ring.stage, thread);
         ring.next();
