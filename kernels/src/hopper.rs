@@ -21,11 +21,11 @@ const CLUSTER: usize = 2;
 const TILE: usize = 256;
 const DEPTH: usize = 64;
 const STAGES: usize = 4;
-const SHARED_BYTES: usize = STAGES * (128 + 256) * DEPTH * 2 + 4 * 64 * 64 * 2;
+const SHARED_BYTES: usize = STAGES * (128 + 256) * DEPTH * 2 + 8 * 16 * 66 * 4;
 
-/// Blocks times width of the output from which on the side work takes no longer than the tiles: a
-/// multiprocessor reads at least 55 GB/s, and tiles of depth N run at about 790 TFLOP/s on the card.
-const SIDE_WIDTH: usize = 14_000;
+/// Multiplications of the tensor cores of the whole card while one block of side work reads a byte:
+/// about 770 TFLOP/s against 100 GB/s.
+const FLOPS_PER_SIDE_BYTE: usize = 7_700;
 
 /// The matrices of one call: `out = input · op(weight) + bias + D(q · p)`.
 pub(crate) struct Fused<'a, T> {
@@ -42,8 +42,25 @@ pub(crate) struct Fused<'a, T> {
     pub p: &'a CudaSlice<T>,
     pub rank: usize,
     pub mask: Option<Mask>,
-    /// Backward: `S` of the forward, for partial sums of `inputᵀ S` by the blocks that have no tile.
-    pub side: Option<&'a CudaSlice<T>>,
+    /// Backward: partial sums to make beside the product.
+    pub side: Option<SideWork<'a, T>>,
+}
+
+/// Partial sums of the adapter's gradients, for the blocks that the tiles leave over.
+pub(crate) struct SideWork<'a, T> {
+    /// `S` of the forward `[rows, padded_rank]`, for the gradient of B.
+    pub s: &'a CudaSlice<T>,
+    /// The input of the layer and `dS`, for the gradient of A; none if it has to be masked.
+    pub a: Option<(&'a Rows<'a, T>, &'a CudaSlice<T>)>,
+    /// How many blocks.
+    pub blocks: usize,
+}
+
+/// What [`Launcher::fused`] returns.
+pub(crate) struct FusedOutput<T> {
+    pub out: CudaSlice<T>,
+    pub a: Option<Partial>,
+    pub b: Option<Partial>,
 }
 
 impl Launcher<'_> {
@@ -83,19 +100,30 @@ impl Launcher<'_> {
         4 * useful >= 3 * clusters * tiles.div_ceil(clusters) * TILE * TILE
     }
 
-    /// Blocks that the tiles of the gradient of the input leave over, if they can make the partial
-    /// sums of B's gradient in the same time.
-    pub fn side_blocks(&self, rows: usize, (w_rows, w_cols): (usize, usize), rank: usize) -> usize {
-        let tiles = rows.div_ceil(TILE) * w_cols.div_ceil(TILE);
+    /// What the blocks that the tiles of the gradient of the input leave over can make in the same
+    /// time: both gradients of the adapter, the one of B, or nothing.
+    pub fn side_work<'a, T: Element>(
+        &self,
+        (w_rows, w_cols): (usize, usize),
+        rank: usize,
+        s: &'a CudaSlice<T>,
+        (xs, ds): (&'a Rows<T>, &'a CudaSlice<T>),
+        masked: bool,
+    ) -> Option<SideWork<'a, T>> {
+        let tiles = xs.rows.div_ceil(TILE) * w_cols.div_ceil(TILE);
         let clusters = self.kernels.multiprocessors() / CLUSTER;
-        let busy = tiles.div_ceil(tiles.div_ceil(clusters).max(1));
+        if tiles < clusters || padded_rank(rank) > 32 {
+            return None;
+        }
+        let busy = tiles.div_ceil(tiles.div_ceil(clusters));
         let blocks = CLUSTER * (clusters - busy);
-        let in_time = blocks * w_cols >= SIDE_WIDTH && tiles >= clusters;
-        if in_time && padded_rank(rank) <= 32 && w_rows > 0 { blocks } else { 0 }
+        let in_time = |width: usize| width * FLOPS_PER_SIDE_BYTE <= blocks * w_rows * w_cols;
+        let a = (!masked && self.aligned(xs) && in_time(w_rows + w_cols)).then_some((xs, ds));
+        (a.is_some() || in_time(w_rows)).then_some(SideWork { s, a, blocks })
     }
 
     /// One pass over the output. [`Self::path`] must have chosen [`Path::Hopper`].
-    pub fn fused<T: Element>(&self, call: Fused<T>) -> Result<(CudaSlice<T>, Option<Partial>)> {
+    pub fn fused<T: Element>(&self, call: Fused<T>) -> Result<FusedOutput<T>> {
         let Fused { product, input, weight, w_rows, w_cols, bias, q, p, rank, mask, side } = call;
         let forward = product == Product::Forward;
         let (depth, cols) = if forward { (w_cols, w_rows) } else { (w_rows, w_cols) };
@@ -103,9 +131,9 @@ impl Launcher<'_> {
         let rows = input.rows;
         let mut out = self.alloc("the output", rows * cols)?;
         if rows == 0 {
-            return Ok((out, None));
+            return Ok(FusedOutput { out, a: None, b: None });
         }
-        let side_blocks = if side.is_some() { self.side_blocks(rows, (w_rows, w_cols), rank) } else { 0 };
+        let side_blocks = side.as_ref().map_or(0, |side| side.blocks);
         let instance = Instance {
             kernel: Kernel::Gemm,
             defines: vec![
@@ -135,18 +163,28 @@ impl Launcher<'_> {
         let tiles = rows.div_ceil(TILE) * cols.div_ceil(TILE);
         let tile_blocks = CLUSTER * tiles.min((self.kernels.multiprocessors() - side_blocks) / CLUSTER);
         let blocks = tile_blocks + side_blocks;
-        let mut part = self.alloc::<f32>("partial gradients", if side_blocks > 0 { rank * depth } else { 0 })?;
-        let (part_at, part_guard) = part.device_ptr_mut(self.stream);
-        let (side_at, _side) = side.map_or((0, None), |s| {
-            let (at, guard) = s.device_ptr(self.stream);
-            (at, Some(guard))
-        });
-        let side_job =
-            Side { input: input_at, q: side_at, part: part_at, ld: input.stride as i64, blocks: side_blocks as i64 };
+        let side_a = side.as_ref().and_then(|side| side.a);
+        let (b_cols, a_cols) = (if side.is_some() { depth } else { 0 }, side_a.map_or(0, |(xs, _)| xs.cols));
+        let mut b_part = self.alloc::<f32>("partial gradients", rank * b_cols)?;
+        let mut a_part = self.alloc::<f32>("partial gradients", rank * a_cols)?;
+        let (b_at, b_guard) = b_part.device_ptr_mut(self.stream);
+        let (a_at, a_guard) = a_part.device_ptr_mut(self.stream);
+        let s_ptr = side.as_ref().map(|side| side.s.device_ptr(self.stream));
+        let ds_ptr = side_a.map(|(xs, ds)| (xs.data.device_ptr(self.stream), ds.device_ptr(self.stream)));
+        let side_map = match (side_a, &ds_ptr) {
+            (Some((xs, _)), Some(((at, _), _))) => map(*at, rows, xs.cols, xs.stride, 128)?,
+            _ => input_map,
+        };
+        let side_job = Side {
+            q: [s_ptr.as_ref().map_or(0, |p| p.0), ds_ptr.as_ref().map_or(0, |(_, p)| p.0)],
+            part: [b_at, a_at],
+            cols: [b_cols as i32, a_cols as i32],
+            blocks: side_blocks as i64,
+        };
         let (rows, cols, depth, rank) = (rows as i32, cols as i32, depth as i32, rank as i32);
         let (mask, null) = (mask.unwrap_or_default(), 0_u64);
         let mut launch = self.stream.launch_builder(&function);
-        launch.arg(&input_map).arg(&weight_map).arg(&q_map).arg(&p_map).arg(&out_map);
+        launch.arg(&input_map).arg(&weight_map).arg(&q_map).arg(&p_map).arg(&out_map).arg(&side_map);
         match bias {
             Some(bias) => launch.arg(bias),
             None => launch.arg(&null),
@@ -157,9 +195,10 @@ impl Launcher<'_> {
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,
         // whose sizes the caller checked, and the guards above order the stream after their writers.
         unsafe { launch.launch(config) }.map_err(Error::driver("launch of gemm"))?;
-        drop((out_guard, part_guard));
-        let partial = (side_blocks > 0).then(|| Partial::whole(part, depth as usize));
-        Ok((out, partial))
+        drop((out_guard, a_guard, b_guard));
+        let a = (a_cols > 0).then(|| Partial::whole(a_part, a_cols));
+        let b = (b_cols > 0).then(|| Partial::whole(b_part, b_cols));
+        Ok(FusedOutput { out, a, b })
     }
 }
 
@@ -167,10 +206,9 @@ impl Launcher<'_> {
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Side {
-    input: u64,
-    q: u64,
-    part: u64,
-    ld: i64,
+    q: [u64; 2],
+    part: [u64; 2],
+    cols: [i32; 2],
     blocks: i64,
 }
 

@@ -58,17 +58,17 @@ impl Kernel {
 
     pub fn source(self) -> &'static str {
         macro_rules! with_tile {
-            ($($file:literal),+) => {
-                concat!(include_str!("cuda/tile.cuh"), $("\n#line 1 \"", $file, "\"\n", include_str!(concat!("cuda/", $file))),+)
+            ($file:literal) => {
+                concat!(include_str!("cuda/tile.cuh"), "\n#line 1 \"", $file, "\"\n", include_str!(concat!("cuda/", $file)))
             };
         }
         match self {
             Self::Pack => with_tile!("pack.cu"),
             Self::Shrink => with_tile!("shrink.cu"),
             Self::Expand => with_tile!("expand.cu"),
-            Self::Outer => with_tile!("outer.cuh", "outer.cu"),
+            Self::Outer => with_tile!("outer.cu"),
             Self::Reduce => with_tile!("reduce.cu"),
-            Self::Gemm => with_tile!("outer.cuh", "gemm.cu"),
+            Self::Gemm => with_tile!("gemm.cu"),
         }
     }
 }

@@ -125,7 +125,7 @@ impl Kernels {
                 mask: post,
                 side: None,
             })?
-            .0,
+            .out,
             Path::General(_) => {
                 let mut ys = launcher.expand((&s, xs.rows), (&b, out_features), rank, linear.bias.as_ref(), post)?;
                 self.accumulate(stream, Product::Forward, xs, linear, &mut ys)?;
@@ -210,11 +210,12 @@ impl Kernels {
             (in_features, out_features),
         )?;
         let ds = launcher.shrink(dys, &b, rank, linear.scaling, post)?;
-        let a_part = launcher.outer(xs, &ds, rank, pre)?;
-        let (dxs, b_part) = match path {
-            _ if input == InputGradient::Skipped => (None, None),
+        let (dxs, a_part, b_part) = match path {
+            _ if input == InputGradient::Skipped => (None, None, None),
             Path::Hopper => {
-                let (dxs, b_part) = launcher.fused(Fused {
+                let widths = (out_features, in_features);
+                let side = launcher.side_work(widths, rank, &saved.s, (xs, &ds), pre.is_some());
+                let fused = launcher.fused(Fused {
                     product: Product::Backward,
                     input: dys,
                     weight: &linear.weight,
@@ -225,20 +226,18 @@ impl Kernels {
                     p: &a,
                     rank,
                     mask: pre,
-                    side: post.is_none().then_some(&saved.s),
+                    side: side.filter(|_| post.is_none()),
                 })?;
-                (Some(dxs), b_part)
+                (Some(fused.out), fused.a, fused.b)
             }
             Path::General(_) => {
                 let mut dxs = launcher.expand((&ds, xs.rows), (&a, in_features), rank, None, pre)?;
                 self.accumulate(stream, Product::Backward, dys, linear, &mut dxs)?;
-                (Some(dxs), None)
+                (Some(dxs), None, None)
             }
         };
-        let b_part = match b_part {
-            Some(part) => part,
-            None => launcher.outer(dys, &saved.s, rank, post)?,
-        };
+        let a_part = a_part.map_or_else(|| launcher.outer(xs, &ds, rank, pre), Ok)?;
+        let b_part = b_part.map_or_else(|| launcher.outer(dys, &saved.s, rank, post), Ok)?;
         launcher.reduce::<T, P>((&a_part, a_grad), (&b_part, b_grad), rank, accumulate)?;
         Ok(dxs)
     }

@@ -11,8 +11,8 @@
 // the next tile run during the stores of the last. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at
 // most 64), RANK_STEPS = the rank's last 1 to 4 steps of 16.
 //
-// SIDE 1 (backward): the output's tiles rarely divide by the card, so the first `side_blocks` blocks
-// make no tiles but the partial sums of dB = inputᵀ · side_q, from memory that has time to spare.
+// SIDE 1 (backward): tiles rarely divide by the card, so the first `side.blocks` blocks make no tiles
+// but gradients of the adapter, fed by the copy engine from memory that has time to spare.
 constexpr int TILE_ROWS = 128, TILE_COLS = 256, TILE_DEPTH = 64;
 constexpr int STAGES = 4;
 constexpr int CLUSTER = 2;
@@ -37,6 +37,9 @@ __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
 }
 __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {
   asm volatile(
@@ -210,14 +213,113 @@ __device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, c
 }
 #endif
 
-// Work beside the product: part[rank, depth] = side_qᵀ · input.
+// Work beside the product: part[rank, cols] = qᵀ · z for up to two z [rows, cols].
 struct Side {
-  const T* input;  // [rows, depth], row stride ld
-  const T* q;      // [rows, rank]
-  float* part;     // [rank, depth]
-  i64 ld;
+  const T *q0, *q1;      // [rows, rank]
+  float *part0, *part1;  // [rank, cols]
+  int cols0, cols1;      // 0: no second product
   i64 blocks;
 };
+
+#if SIDE
+constexpr int SIDE_WARPS = 8, SIDE_STAGES = STAGES * STAGE_BYTES / INPUT_BYTES, SIDE_AHEAD = 4 / RANK_STEPS;
+constexpr int SIDE_TILES = RANK_STEPS, SIDE_PITCH = 66;  // 64 columns and two words against bank conflicts
+
+// Warps 0 to 7 take 16 of the 128 rows of a box each, warp 8 loads; columns go by blocks of 64.
+__device__ __forceinline__ void side_work(const TensorMap& z0, const TensorMap& z1, const Side& side, int rows, u32 stages, float* sums, u32 full, u32 empty) {
+  int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
+  int boxes = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  int units0 = (side.cols0 + 63) / 64, units = units0 + (side.cols1 + 63) / 64;
+  constexpr int rank = 16 * SIDE_TILES;
+  int stage = 0;
+  u32 parity = 0;
+  auto advance = [&] {
+    if (++stage == SIDE_STAGES) stage = 0, parity ^= 1;
+  };
+  if (warp == SIDE_WARPS && lane == 0) {
+    for (int unit = blockIdx.x; unit < units; unit += (int)side.blocks)
+      for (int box = 0; box < boxes; ++box, advance()) {
+        u32 bar = full + 8 * stage;
+        barrier_wait(empty + 8 * stage, parity ^ 1);
+        barrier_expect(bar, INPUT_BYTES);
+        int col = (unit < units0 ? unit : unit - units0) * 64;
+        load_box(stages + stage * INPUT_BYTES, unit < units0 ? z0 : z1, col, box * TILE_ROWS, bar);
+      }
+  } else if (warp < SIDE_WARPS) {
+    for (int unit = blockIdx.x; unit < units; unit += (int)side.blocks) {
+      bool second = unit >= units0;
+      int col0 = (second ? unit - units0 : unit) * 64, cols = second ? side.cols1 : side.cols0;
+      float* part = second ? side.part1 : side.part0;
+      const T* q = (second ? side.q1 : side.q0) + (i64)(warp * 16 + 4 * t) * rank + 2 * g;
+      // Ranks 2g and 2g + 1 of the thread's four rows of a box, SIDE_AHEAD boxes ahead.
+      u32 ahead[SIDE_AHEAD][SIDE_TILES][4];
+      auto fetch = [&](int box) {
+#pragma unroll
+        for (int i = 0; i < SIDE_AHEAD; ++i)
+#pragma unroll
+          for (int j = 0; j < SIDE_TILES; ++j)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+              i64 row = (i64)(box + i) * TILE_ROWS;
+              bool live = row + warp * 16 + 4 * t + r < rows;
+              ahead[i][j][r] = live ? *reinterpret_cast<const u32*>(q + (row + r) * rank + j * 16) : 0;
+            }
+      };
+      float acc[SIDE_TILES][8][4] = {};
+      fetch(0);
+      for (int box = 0; box < boxes; box += SIDE_AHEAD) {
+        u32 now[SIDE_AHEAD][SIDE_TILES][4];
+#pragma unroll
+        for (int i = 0; i < SIDE_AHEAD * SIDE_TILES * 4; ++i)
+          now[i / (SIDE_TILES * 4)][i / 4 % SIDE_TILES][i % 4] = ahead[i / (SIDE_TILES * 4)][i / 4 % SIDE_TILES][i % 4];
+        fetch(box + SIDE_AHEAD);
+#pragma unroll
+        for (int i = 0; i < SIDE_AHEAD; ++i) {
+          if (box + i >= boxes) break;
+          barrier_wait(full + 8 * stage, parity);
+          Vec z[4];
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            int row = warp * 16 + 4 * t + r;
+            u32 at = stages + stage * INPUT_BYTES + row * 128 + ((g ^ (row & 7)) << 4);
+            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(z[r].w[0]), "=r"(z[r].w[1]), "=r"(z[r].w[2]), "=r"(z[r].w[3]) : "r"(at));
+          }
+#pragma unroll
+          for (int j = 0; j < SIDE_TILES; ++j) {
+            const u32(&k)[4] = now[i][j];
+            u32 a0 = __byte_perm(k[0], k[1], 0x5410), a1 = __byte_perm(k[0], k[1], 0x7632);
+            u32 a2 = __byte_perm(k[2], k[3], 0x5410), a3 = __byte_perm(k[2], k[3], 0x7632);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+              u32 pick = e & 1 ? 0x7632 : 0x5410;
+              mma(acc[j][e], a0, a1, a2, a3, __byte_perm(z[0].w[e >> 1], z[1].w[e >> 1], pick), __byte_perm(z[2].w[e >> 1], z[3].w[e >> 1], pick));
+            }
+          }
+          __syncwarp();
+          if (lane == 0) barrier_arrive(empty + 8 * stage);
+          advance();
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < SIDE_TILES; ++j) {
+        asm volatile("bar.sync 1, 256;" ::: "memory");
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            sums[(warp * 16 + 2 * g + (c >> 1)) * SIDE_PITCH + (2 * t + (c & 1)) * 8 + e] = acc[j][e][c];
+        asm volatile("bar.sync 1, 256;" ::: "memory");
+        for (int at = threadIdx.x; at < 16 * 64; at += SIDE_WARPS * 32) {
+          float sum = 0.f;
+#pragma unroll
+          for (int w = 0; w < SIDE_WARPS; ++w) sum += sums[(w * 16 + at / 64) * SIDE_PITCH + at % 64];
+          if (col0 + at % 64 < cols) part[(i64)(j * 16 + at / 64) * cols + col0 + at % 64] = sum;
+        }
+      }
+    }
+  }
+}
+#endif
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1) gemm(
     const __grid_constant__ TensorMap input_map,   // [rows, depth], box 64 x 128
@@ -225,6 +327,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     const __grid_constant__ TensorMap q_map,       // [rows, rank], box 64 x 128
     const __grid_constant__ TensorMap p_map,       // as weight_map
     const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 64
+    const __grid_constant__ TensorMap side_map,    // [rows, cols] of the second side product, box 64 x 128
     const T* __restrict__ bias,                    // [cols] or null
     int rows, int cols, int depth, int rank, Dropout dropout, Side side) {
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -234,10 +337,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
 
 #if SIDE
   if (blockIdx.x < side.blocks) {
-    typedef Outer<12, RANK_STEPS * 16, 4 / RANK_STEPS, false> Block;
-    Block::Sums& sums = *reinterpret_cast<Block::Sums*>(shared);
-    for (int col = blockIdx.x * OUTER_COLS; col < depth; col += side.blocks * OUTER_COLS)
-      Block::run(side.input, side.q, side.part, 0, rows, col, side.ld, depth, rank, dropout, sums);
+    __shared__ __align__(8) u64 side_barriers[2 * SIDE_STAGES];
+    u32 full = shared_address(side_barriers), empty = full + SIDE_STAGES * 8;
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < SIDE_STAGES; ++s) {
+        barrier_init(full + 8 * s, 1);
+        barrier_init(empty + 8 * s, SIDE_WARPS);
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    float* sums = reinterpret_cast<float*>(shared + STAGES * STAGE_BYTES);
+    side_work(input_map, side_map, side, rows, shared_address(shared), sums, full, empty);
     return;
   }
 #endif
