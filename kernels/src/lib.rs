@@ -1,5 +1,6 @@
 //! CUDA kernels for LoRA linears, compiled at run time for the card found.
 
+mod check;
 mod cubin;
 mod dropout;
 mod element;
@@ -11,6 +12,7 @@ mod linear;
 mod path;
 mod skinny;
 
+pub use check::compile_all;
 pub use dropout::{Dropout, Place};
 pub use element::{DType, Element};
 pub use error::{Error, Result};

@@ -128,7 +128,7 @@ impl Launcher<'_> {
         // More rows a block reuse `a` better; more blocks fill the card.
         let full_card = |row_tiles: usize| xs.rows.div_ceil(16 * row_tiles) * 10 >= 9 * self.kernels.multiprocessors();
         let row_tiles = match (T::DTYPE, tile) {
-            (DType::F32, 33..) => 1,
+            (DType::F32, 17..) => 1,
             (DType::Bf16 | DType::F16, 33..) if full_card(4) => 4,
             _ if full_card(2) => 2,
             _ => 1,
@@ -205,8 +205,8 @@ impl Launcher<'_> {
             return Ok(Partial { part: self.alloc("partial gradients", 0)?, splits: 0, cols: z.cols });
         }
         let tile = rank_tile(padded);
-        let warp_cols = 8 * T::DTYPE.vector();
-        let col_blocks = z.cols.div_ceil(warp_cols);
+        let block_cols = 8 * T::DTYPE.vector() * if tile <= 32 { 2 } else { 1 };
+        let col_blocks = z.cols.div_ceil(block_cols);
         // One wave of two blocks a multiprocessor, of 256 rows or more each.
         let splits = (2 * self.kernels.multiprocessors() / (col_blocks * (padded / tile))).min(z.rows.div_ceil(256)).max(1);
         let rows_per_split = z.rows.div_ceil(splits).next_multiple_of(16);

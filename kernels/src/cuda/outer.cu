@@ -4,16 +4,18 @@
 // and interleaves them. Thread group g takes 16 bytes at column g * VEC, so a warp reads whole
 // 128-byte lines. The warps of a block split its rows; sums meet in shared memory in a fixed order,
 // so the result does not depend on timing.
-constexpr int OUTER_COLS = 8 * VEC;
+constexpr int WARP_COLS = 8 * VEC;
 constexpr int OUTER_ROWS = KSTEP / 4;  // rows of a thread in one step
 
 // RANKS is a multiple of 16, of 32 above 32; STEPS steps are in flight.
 template <int WARPS, int RANKS, int STEPS, bool MASKED>
 struct Outer {
-  static constexpr int PARTS = RANKS <= 32 ? 1 : 2;  // warps that share rows and split the ranks
-  static constexpr int TILES = RANKS / 16 / PARTS;
-  static constexpr int ROW_WARPS = WARPS / PARTS;
-  typedef float Sums[WARPS][4][OUTER_COLS];  // shared memory
+  // Two warps share rows: they split the columns, or the ranks where those are many.
+  static constexpr bool SPLIT_RANKS = RANKS > 32;
+  static constexpr int COLS = SPLIT_RANKS ? WARP_COLS : 2 * WARP_COLS;
+  static constexpr int TILES = RANKS / 16 / (SPLIT_RANKS ? 2 : 1);
+  static constexpr int ROW_WARPS = WARPS / 2;
+  typedef float Sums[WARPS][4][WARP_COLS];  // shared memory
 
   static __device__ __forceinline__ void run(
       const T* __restrict__ z,   // [.., cols], row stride ldz
@@ -21,8 +23,9 @@ struct Outer {
       float* __restrict__ part,  // [RANKS, cols]
       i64 begin, i64 end, int col0, i64 ldz, int cols, int ldq, const Dropout& dropout, Sums& sums) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    int rank_part = warp % PARTS, row_warp = warp / PARTS;
-    int col = col0 + g * VEC;
+    int part_of = warp % 2, row_warp = warp / 2;
+    int first_rank = SPLIT_RANKS ? part_of * TILES * 16 : 0;
+    int col = col0 + (SPLIT_RANKS ? 0 : part_of * WARP_COLS) + g * VEC;
 
     float acc[TILES][VEC][4] = {};
     for (i64 m0 = begin + row_warp * (KSTEP * STEPS); m0 < end; m0 += ROW_WARPS * KSTEP * STEPS) {
@@ -38,7 +41,7 @@ struct Outer {
 #pragma unroll
           for (int j = 0; j < TILES; ++j) {
             // Ranks 2g and 2g+1 stand in rows g and g+8 of the tile.
-            const T* at = q + row * ldq + (rank_part * TILES + j) * 16 + 2 * g;
+            const T* at = q + row * ldq + first_rank + j * 16 + 2 * g;
 #if DTYPE == 0
             qv[u][j][r][0] = live ? __float_as_uint(at[0]) : 0;
             qv[u][j][r][1] = live ? __float_as_uint(at[1]) : 0;
@@ -94,13 +97,14 @@ struct Outer {
               sums[warp][2 * (g & 1) + (c >> 1)][(2 * t + (c & 1)) * VEC + e] = acc[j][e][c];
         }
         __syncthreads();
-        for (int at = threadIdx.x; at < PARTS * 4 * OUTER_COLS; at += WARPS * 32) {
-          int part_of = at / (4 * OUTER_COLS), in_part = at % (4 * OUTER_COLS), c = col0 + in_part % OUTER_COLS;
-          int rank = (part_of * TILES + j) * 16 + quarter * 4 + in_part / OUTER_COLS;
+        for (int at = threadIdx.x; at < 2 * 4 * WARP_COLS; at += WARPS * 32) {
+          int of = at / (4 * WARP_COLS), rank_in = at / WARP_COLS % 4, col_in = at % WARP_COLS;
+          int c = col0 + (SPLIT_RANKS ? 0 : of * WARP_COLS) + col_in;
+          int rank = ((SPLIT_RANKS ? of * TILES : 0) + j) * 16 + quarter * 4 + rank_in;
           if (c < cols) {
             float sum = 0.f;
 #pragma unroll
-            for (int w = 0; w < ROW_WARPS; ++w) sum += sums[w * PARTS + part_of][in_part / OUTER_COLS][in_part % OUTER_COLS];
+            for (int w = 0; w < ROW_WARPS; ++w) sum += sums[2 * w + of][rank_in][col_in];
             part[(i64)rank * cols + c] = scale * sum;
           }
         }
@@ -111,9 +115,9 @@ struct Outer {
 // part[split, j, c] = sum over the rows m of a split of q[m, j] * D(z)[m, c]; `reduce` adds the splits.
 // Options: RT ranks a block, a multiple of 16, of 32 above 32.
 constexpr int WARPS = 8;
-typedef Outer<WARPS, RT, (RT == 16 && !DROPOUT && DTYPE != 0 ? 4 : 2), DROPOUT> Block;
+typedef Outer<WARPS, RT, (RT == 16 && !DROPOUT && ALIGNED && DTYPE != 0 ? 4 : 2), DROPOUT> Block;
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, RT <= 16 || !DROPOUT ? 2 : 1) outer(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, ALIGNED && (RT <= 16 || !DROPOUT) ? 2 : 1) outer(
     const T* __restrict__ z,    // [rows, cols], row stride ldz
     const T* __restrict__ q,    // [rows, ldq]
     float* __restrict__ part,   // [splits, ranks, cols]
@@ -121,5 +125,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RT <= 16 || !DROPOUT ? 
   __shared__ Block::Sums sums;
   i64 begin = (i64)blockIdx.y * rows_per_split, end = min(begin + rows_per_split, rows);
   int rank0 = blockIdx.z * RT, ranks = gridDim.z * RT;
-  Block::run(z, q + rank0, part + ((i64)blockIdx.y * ranks + rank0) * cols, begin, end, blockIdx.x * OUTER_COLS, ldz, cols, ldq, dropout, sums);
+  Block::run(z, q + rank0, part + ((i64)blockIdx.y * ranks + rank0) * cols, begin, end, blockIdx.x * Block::COLS, ldz, cols, ldq, dropout, sums);
 }
