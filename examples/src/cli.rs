@@ -1,0 +1,60 @@
+//! What the programs do alike: devices, models, errors.
+
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use candle_core::DType;
+use candle_core::Device;
+
+use crate::Error;
+use crate::Result;
+use crate::fetch;
+use crate::pretrained::Pretrained;
+
+/// Parses `cpu`, `cuda` or `cuda:N`.
+///
+/// # Errors
+/// If it is none of these, or the device is not there.
+pub fn device(name: &str) -> Result<Device> {
+    let number = match name {
+        "cpu" => return Ok(Device::Cpu),
+        "cuda" => Some(0),
+        _ => name.strip_prefix("cuda:").and_then(|n| n.parse().ok()),
+    };
+    let number = number
+        .ok_or_else(|| Error::Usage(format!("--device {name} is not cpu, cuda or cuda:N")))?;
+    Device::new_cuda(number).map_err(|e| {
+        Error::Usage(format!(
+            "--device {name}: {e}; build with `--features cuda`"
+        ))
+    })
+}
+
+/// The type that base weights have on a device: f32 on the CPU, bf16 elsewhere.
+pub fn base_dtype(dev: &Device) -> DType {
+    if dev.is_cpu() {
+        DType::F32
+    } else {
+        DType::BF16
+    }
+}
+
+/// Opens a model, or the default one, which is fetched first if need be.
+pub fn open_model(path: Option<&Path>) -> Result<Pretrained> {
+    let path = path.map_or_else(fetch::default_model, |path| Ok(PathBuf::from(path)))?;
+    Pretrained::open(&path)
+}
+
+/// Prints an error and turns it into an exit code: 2 for wrong usage, 3 if the default model
+/// cannot be fetched, 1 for the rest.
+pub fn exit(result: Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        ExitCode::from(match error {
+            Error::Usage(_) => 2,
+            Error::Fetch { .. } => 3,
+            _ => 1,
+        })
+    })
+}

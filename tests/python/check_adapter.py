@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Loads a saved adapter with the released PEFT and says whether all of it landed.
+
+    python check_adapter.py ADAPTER_DIR BASE_DIR [--logits FILE] [--ids 1,2,3] [--tolerance 1e-4]
+
+BASE_DIR is a Hugging Face folder. Works offline, in f32. Fails (exit code 1)
+on any warning or log record of level warning, on a tensor of the file that the
+model does not hold bit for bit afterwards, on a tensor the model wants and the
+file lacks, and on an adapter that changes nothing.
+
+FILE is a safetensors file with `input_ids` [batch, tokens] (any integer type)
+and `logits` [batch, tokens, vocab] (f32), as our side computed them; without it
+the ids given by --ids are run. Prints one line. Needs ../golden/requirements.txt.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+from peft import PeftModel, __version__ as peft_version, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+class Fail(Exception):
+    pass
+
+
+class RaiseOnWarning(logging.Handler):
+    def emit(self, record):
+        raise Fail(f"logged by {record.name}: {record.getMessage()}")
+
+
+def forbid_warnings():
+    warnings.simplefilter("error")
+    # transformers calls a property of its own that it deprecated.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    for name in (None, "transformers", "peft", "huggingface_hub"):
+        logging.getLogger(name).addHandler(RaiseOnWarning(level=logging.WARNING))
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("adapter", type=Path)
+    p.add_argument("base", type=Path)
+    p.add_argument("--logits", type=Path)
+    p.add_argument("--ids", default="1,2,3,4,5", help="token ids, when there is no --logits")
+    p.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference of a logit")
+    return p.parse_args()
+
+
+def check_tensors(model, file):
+    """Every tensor of the file is in the model, bit for bit, and the other way round."""
+    held = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing, unexpected = sorted(held.keys() - file.keys()), sorted(file.keys() - held.keys())
+    if missing or unexpected:
+        raise Fail(f"missing in the file: {missing}; not used by PEFT: {unexpected}")
+    for name, tensor in file.items():
+        if held[name].shape != tensor.shape or not torch.equal(held[name], tensor.to(held[name].dtype)):
+            raise Fail(f"{name}: the model holds other values than the file")
+
+
+def run(args):
+    base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, args.adapter).eval()
+    file = load_file(args.adapter / "adapter_model.safetensors")
+    check_tensors(model, file)
+
+    ours = load_file(args.logits) if args.logits else {}
+    if args.logits and ours.keys() != {"input_ids", "logits"}:
+        raise Fail(f"{args.logits}: holds {sorted(ours)}, expected input_ids and logits")
+    ids = ours["input_ids"].long() if ours else torch.tensor([[int(i) for i in args.ids.split(",")]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        with model.disable_adapter():
+            change = (logits - model(input_ids=ids).logits).abs().max().item()
+    if not change > 0:
+        raise Fail("the adapter changes no logit (is B zero?)")
+
+    line = f"PEFT {peft_version} loaded {len(file)} tensors without a warning; logits move by up to {change:.3g}"
+    if ours:
+        if ours["logits"].shape != logits.shape:
+            raise Fail(f"logits are {list(ours['logits'].shape)}, PEFT's are {list(logits.shape)}")
+        difference = (logits - ours["logits"]).abs().max().item()
+        if not difference <= args.tolerance:
+            raise Fail(f"logits differ by up to {difference:.3g}, tolerance {args.tolerance:g}")
+        line += f" and agree with ours to {difference:.2g}"
+    return line
+
+
+def main():
+    args = arguments()
+    forbid_warnings()
+    try:
+        print(f"{args.adapter}: {run(args)}")
+    except (Fail, Warning, OSError, ValueError, RuntimeError, KeyError) as error:
+        text = " ".join(str(error).split())
+        sys.exit(f"{args.adapter}: {type(error).__name__}: {text[:1000]}")
+
+
+main()
