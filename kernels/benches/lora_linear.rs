@@ -10,7 +10,9 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
-use lora_kernels::{Dropout, F32Math, InputGradient, Kernels, LoraLinear, Place, Preference, Rows, first_device};
+use lora_kernels::{
+    Dropout, F32Math, InputGradient, Kernels, LoraLinear, Place, Preference, Rows, first_device,
+};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -25,8 +27,22 @@ struct Shape {
     must: Option<f64>,
 }
 
-const fn shape(tokens: usize, in_features: usize, out_features: usize, rank: usize, p: f64, must: f64) -> Shape {
-    Shape { tokens, in_features, out_features, rank, p, must: Some(must) }
+const fn shape(
+    tokens: usize,
+    in_features: usize,
+    out_features: usize,
+    rank: usize,
+    p: f64,
+    must: f64,
+) -> Shape {
+    Shape {
+        tokens,
+        in_features,
+        out_features,
+        rank,
+        p,
+        must: Some(must),
+    }
 }
 
 const SHAPES: [Shape; 14] = [
@@ -51,13 +67,24 @@ fn main() -> Result<()> {
         println!("skipped: no CUDA driver or no device here");
         return Ok(());
     };
-        let stream = context.new_stream()?;
-        let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let stream = context.new_stream()?;
+    let args: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| a != "--bench")
+        .collect();
     let general = args.iter().any(|a| a == "general");
-    let preference = if general { Preference::General } else { Preference::Fastest };
+    let preference = if general {
+        Preference::General
+    } else {
+        Preference::Fastest
+    };
     let kernels = Kernels::new(&context)?.prefer(preference);
     if args.first().is_some_and(|a| a == "once") {
-        let number = |i: usize| args.get(i).and_then(|a| a.parse::<f64>().ok()).unwrap_or(0.0);
+        let number = |i: usize| {
+            args.get(i)
+                .and_then(|a| a.parse::<f64>().ok())
+                .unwrap_or(0.0)
+        };
         let s = Shape {
             tokens: number(1) as usize,
             in_features: number(2) as usize,
@@ -74,17 +101,34 @@ fn main() -> Result<()> {
         return Ok(stream.synchronize()?);
     }
     println!("{}, {}, {preference:?}", context.name()?, kernels.arch());
-    let repetitions = if args.iter().any(|a| a == "quick") { 20 } else { 60 };
-    println!("| tokens | in→out | r | p | frozen µs | LoRA µs | forward | backward | R | must | reached |");
+    let repetitions = if args.iter().any(|a| a == "quick") {
+        20
+    } else {
+        60
+    };
+    println!(
+        "| tokens | in→out | r | p | frozen µs | LoRA µs | forward | backward | R | must | reached |"
+    );
     println!("|--|--|--|--|--|--|--|--|--|--|--|");
     for s in SHAPES {
         let layer = Layer::new(&stream, s)?;
         let m = layer.measure(&kernels, &stream, repetitions)?;
         let must = s.must.map_or(String::new(), |m| format!("{m:.2}"));
-        let reached = s.must.map_or("", |must| if m.ratio <= must { "yes" } else { "no" });
+        let reached = s
+            .must
+            .map_or("", |must| if m.ratio <= must { "yes" } else { "no" });
         println!(
             "| {} | {}→{} | {} | {} | {:.0} | {:.0} | {:.3} | {:.3} | {:.3} | {must} | {reached} |",
-            s.tokens, s.in_features, s.out_features, s.rank, s.p, m.frozen, m.lora, m.forward, m.backward, m.ratio
+            s.tokens,
+            s.in_features,
+            s.out_features,
+            s.rank,
+            s.p,
+            m.frozen,
+            m.lora,
+            m.forward,
+            m.backward,
+            m.ratio
         );
     }
     Ok(())
@@ -113,7 +157,13 @@ impl Layer {
     fn new(stream: &Arc<CudaStream>, shape: Shape) -> Result<Self> {
         let half = |len: usize, seed| random(len, seed).map(bf16::from_f32).collect::<Vec<_>>();
         let full = |len: usize, seed| random(len, seed).collect::<Vec<_>>();
-        let Shape { tokens, in_features, out_features, rank, .. } = shape;
+        let Shape {
+            tokens,
+            in_features,
+            out_features,
+            rank,
+            ..
+        } = shape;
         Ok(Self {
             shape,
             xs: stream.clone_htod(&half(tokens * in_features, 1))?,
@@ -125,7 +175,12 @@ impl Layer {
     }
 
     fn rows(&self) -> (Rows<'_, bf16>, Rows<'_, bf16>) {
-        let Shape { tokens, in_features, out_features, .. } = self.shape;
+        let Shape {
+            tokens,
+            in_features,
+            out_features,
+            ..
+        } = self.shape;
         (
             Rows::packed(self.xs.as_view(), tokens, in_features),
             Rows::packed(self.dys.as_view(), tokens, out_features),
@@ -133,7 +188,11 @@ impl Layer {
     }
 
     /// Forward and backward of the frozen linear; the event between them is returned.
-    fn frozen(&self, kernels: &Kernels, stream: &Arc<CudaStream>) -> Result<cudarc::driver::CudaEvent> {
+    fn frozen(
+        &self,
+        kernels: &Kernels,
+        stream: &Arc<CudaStream>,
+    ) -> Result<cudarc::driver::CudaEvent> {
         let (xs, dys) = self.rows();
         let weight = self.weight.as_view();
         let weight = (&weight, self.shape.out_features, self.shape.in_features);
@@ -144,9 +203,19 @@ impl Layer {
         Ok(middle)
     }
 
-    fn lora(&self, kernels: &Kernels, stream: &Arc<CudaStream>) -> Result<cudarc::driver::CudaEvent> {
+    fn lora(
+        &self,
+        kernels: &Kernels,
+        stream: &Arc<CudaStream>,
+    ) -> Result<cudarc::driver::CudaEvent> {
         let (xs, dys) = self.rows();
-        let Shape { in_features, out_features, rank, p, .. } = self.shape;
+        let Shape {
+            in_features,
+            out_features,
+            rank,
+            p,
+            ..
+        } = self.shape;
         let linear = LoraLinear {
             weight: self.weight.as_view(),
             bias: None,
@@ -161,12 +230,24 @@ impl Layer {
         };
         let forward = kernels.forward(stream, &xs, &linear)?;
         let middle = event(stream)?;
-        let gradients = kernels.backward(stream, &xs, &dys, &forward.saved, &linear, InputGradient::Wanted)?;
+        let gradients = kernels.backward(
+            stream,
+            &xs,
+            &dys,
+            &forward.saved,
+            &linear,
+            InputGradient::Wanted,
+        )?;
         drop((forward, gradients));
         Ok(middle)
     }
 
-    fn measure(&self, kernels: &Kernels, stream: &Arc<CudaStream>, repetitions: usize) -> Result<Measured> {
+    fn measure(
+        &self,
+        kernels: &Kernels,
+        stream: &Arc<CudaStream>,
+        repetitions: usize,
+    ) -> Result<Measured> {
         for _ in 0..3 {
             self.frozen(kernels, stream)?;
             self.lora(kernels, stream)?;
@@ -187,13 +268,25 @@ impl Layer {
             let frozen = (us(start, frozen_middle)?, us(frozen_middle, between)?);
             let lora = (us(between, lora_middle)?, us(lora_middle, end)?);
             let (frozen_all, lora_all) = (frozen.0 + frozen.1, lora.0 + lora.1);
-            let row = [frozen_all, lora_all, lora.0 / frozen.0, lora.1 / frozen.1, lora_all / frozen_all];
+            let row = [
+                frozen_all,
+                lora_all,
+                lora.0 / frozen.0,
+                lora.1 / frozen.1,
+                lora_all / frozen_all,
+            ];
             for (column, value) in columns.iter_mut().zip(row) {
                 column.push(value);
             }
         }
         let [frozen, lora, forward, backward, ratio] = columns.map(median);
-        Ok(Measured { frozen, lora, forward, backward, ratio })
+        Ok(Measured {
+            frozen,
+            lora,
+            forward,
+            backward,
+            ratio,
+        })
     }
 }
 

@@ -38,12 +38,20 @@ impl Compiler {
         let version = panic::catch_unwind(|| {
             let (mut major, mut minor) = (0, 0);
             // SAFETY: both pointers are valid for writes of an int.
-            unsafe { sys::nvrtcVersion(&mut major, &mut minor) }.result().map(|()| (major, minor))
+            unsafe { sys::nvrtcVersion(&mut major, &mut minor) }
+                .result()
+                .map(|()| (major, minor))
         });
         match version {
             Ok(Ok(version)) => Ok(Self { version, dir }),
-            Ok(Err(e)) => Err(Error::MissingLibrary { library: "nvrtc", reason: e.to_string() }),
-            Err(_) => Err(Error::MissingLibrary { library: "nvrtc", reason: "not found".into() }),
+            Ok(Err(e)) => Err(Error::MissingLibrary {
+                library: "nvrtc",
+                reason: e.to_string(),
+            }),
+            Err(_) => Err(Error::MissingLibrary {
+                library: "nvrtc",
+                reason: "not found".into(),
+            }),
         }
     }
 
@@ -51,7 +59,13 @@ impl Compiler {
     pub fn cubin(&self, request: &Request) -> Result<Vec<u8>> {
         let options = options(request);
         let key = self.key(request, &options);
-        let path = self.dir.as_ref().map(|dir| dir.join(format!("{}-{:016x}.cubin", request.kernel, fnv(key.as_bytes()))));
+        let path = self.dir.as_ref().map(|dir| {
+            dir.join(format!(
+                "{}-{:016x}.cubin",
+                request.kernel,
+                fnv(key.as_bytes())
+            ))
+        });
         if let Some(cubin) = path.as_deref().and_then(|path| read_entry(path, &key)) {
             return Ok(cubin);
         }
@@ -66,7 +80,11 @@ impl Compiler {
     fn key(&self, request: &Request, options: &[String]) -> String {
         let (major, minor) = self.version;
         let source = fnv(request.source.as_bytes());
-        format!("{} {source:016x} nvrtc {major}.{minor} {}", request.kernel, options.join(" "))
+        format!(
+            "{} {source:016x} nvrtc {major}.{minor} {}",
+            request.kernel,
+            options.join(" ")
+        )
     }
 
     /// Compiles afresh and returns what the assembler says of registers and spills too.
@@ -84,7 +102,8 @@ impl Compiler {
             log,
         };
         let source = CString::new(request.source).map_err(|e| fail(e.to_string()))?;
-        let program = Program(result::create_program(&source, None).map_err(|e| fail(e.to_string()))?);
+        let program =
+            Program(result::create_program(&source, None).map_err(|e| fail(e.to_string()))?);
         // SAFETY: the program was just created and lives until the end of this function.
         if let Err(e) = unsafe { result::compile_program(program.0, options) } {
             return Err(fail(format!("{e}\n{}", program.log())));
@@ -96,7 +115,11 @@ impl Compiler {
 
 /// `$LORA_KERNELS_CACHE`, else the user's cache folder.
 pub(crate) fn default_dir() -> Option<PathBuf> {
-    let of = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let of = |name: &str| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
     of("LORA_KERNELS_CACHE")
         .or_else(|| of("XDG_CACHE_HOME").map(|dir| dir.join("lora-kernels")))
         .or_else(|| of("HOME").map(|dir| dir.join(".cache/lora-kernels")))
@@ -107,7 +130,12 @@ fn options(request: &Request) -> Vec<String> {
         format!("--gpu-architecture={}", request.arch),
         "--std=c++17".to_string(),
     ];
-    options.extend(request.defines.iter().map(|(name, value)| format!("-D{name}={value}")));
+    options.extend(
+        request
+            .defines
+            .iter()
+            .map(|(name, value)| format!("-D{name}={value}")),
+    );
     options
 }
 
@@ -117,7 +145,11 @@ impl Program {
     fn log(&self) -> String {
         // SAFETY: the program is alive until drop.
         let log = unsafe { result::get_program_log(self.0) }.unwrap_or_default();
-        let bytes: Vec<u8> = log.into_iter().map(|c| c as u8).take_while(|&c| c != 0).collect();
+        let bytes: Vec<u8> = log
+            .into_iter()
+            .map(|c| c as u8)
+            .take_while(|&c| c != 0)
+            .collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
@@ -176,7 +208,9 @@ fn write_entry(path: &Path, key: &str, cubin: &[u8]) -> std::io::Result<()> {
 
 /// FNV-1a, 64 bits.
 fn fnv(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &b| {
+        (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
+    })
 }
 
 #[cfg(test)]
@@ -188,7 +222,10 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("lora-kernels-{}", std::process::id()));
         let path = dir.join("k.cubin");
         write_entry(&path, "key", b"some machine code")?;
-        assert_eq!(read_entry(&path, "key").as_deref(), Some(b"some machine code".as_slice()));
+        assert_eq!(
+            read_entry(&path, "key").as_deref(),
+            Some(b"some machine code".as_slice())
+        );
         assert_eq!(read_entry(&path, "another"), None);
         let whole = fs::read(&path)?;
         for cut in 0..whole.len() {

@@ -54,7 +54,16 @@ impl Dropout {
         let threshold = ((p * 65536.0).round() as u32).min(65535);
         let scale = (65536.0 / f64::from(65536 - threshold)) as f32;
         let seed = seed as u32 ^ (seed >> 32) as u32;
-        Ok(Self { place, mask: Mask { step, seed, site, threshold, scale } })
+        Ok(Self {
+            place,
+            mask: Mask {
+                step,
+                seed,
+                site,
+                threshold,
+                scale,
+            },
+        })
     }
 
     /// The factor of element `index`: zero or the scale of survivors.
@@ -70,17 +79,28 @@ impl Dropout {
         let words = philox(self.mask, index / 8);
         let draw = index % 8;
         let value = words[draw as usize / 2] >> (16 * (draw % 2)) & 0xffff;
-        if value >= self.mask.threshold { self.mask.scale } else { 0.0 }
+        if value >= self.mask.threshold {
+            self.mask.scale
+        } else {
+            0.0
+        }
     }
 
     /// The mask to apply at `place`, or none where nothing is dropped there.
     pub(crate) fn at(dropout: Option<Self>, place: Place) -> Option<Mask> {
-        dropout.filter(|d| d.place == place && d.mask.threshold > 0).map(|d| d.mask)
+        dropout
+            .filter(|d| d.place == place && d.mask.threshold > 0)
+            .map(|d| d.mask)
     }
 }
 
 fn philox(mask: Mask, block: u64) -> [u32; 4] {
-    let mut c = [block as u32, (block >> 32) as u32, mask.step as u32, (mask.step >> 32) as u32];
+    let mut c = [
+        block as u32,
+        (block >> 32) as u32,
+        mask.step as u32,
+        (mask.step >> 32) as u32,
+    ];
     let mut k = [mask.seed, mask.site];
     for _ in 0..7 {
         let first = 0xD251_1F53_u64 * u64::from(c[0]);
@@ -91,7 +111,10 @@ fn philox(mask: Mask, block: u64) -> [u32; 4] {
             (first >> 32) as u32 ^ c[3] ^ k[1],
             first as u32,
         ];
-        k = [k[0].wrapping_add(0x9E37_79B9), k[1].wrapping_add(0xBB67_AE85)];
+        k = [
+            k[0].wrapping_add(0x9E37_79B9),
+            k[1].wrapping_add(0xBB67_AE85),
+        ];
     }
     c
 }
@@ -103,8 +126,16 @@ mod tests {
     #[test]
     fn philox_matches_the_published_vectors() {
         // Random123's known answers for philox4x32 with 7 rounds: all zeros, all ones.
-        let mask = |step, seed, site| Mask { step, seed, site, ..Mask::default() };
-        assert_eq!(philox(mask(0, 0, 0), 0), [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]);
+        let mask = |step, seed, site| Mask {
+            step,
+            seed,
+            site,
+            ..Mask::default()
+        };
+        assert_eq!(
+            philox(mask(0, 0, 0), 0),
+            [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]
+        );
         assert_eq!(
             philox(mask(u64::MAX, u32::MAX, u32::MAX), u64::MAX),
             [0x5207_ddc2, 0x4516_5e59, 0x4d8e_e751, 0x8c52_f662]
@@ -115,11 +146,17 @@ mod tests {
     fn survivors_keep_the_mean() -> Result<()> {
         for p in [0.1, 0.5, 0.9] {
             let dropout = Dropout::new(Place::Pre, p, 5, 6, 7)?;
-            let mean = (0..1 << 16).map(|i| f64::from(dropout.factor(i))).sum::<f64>() / f64::from(1 << 16);
+            let mean = (0..1 << 16)
+                .map(|i| f64::from(dropout.factor(i)))
+                .sum::<f64>()
+                / f64::from(1 << 16);
             assert!((mean - 1.0).abs() < 0.03, "p = {p}: {mean}");
         }
         assert!(Dropout::new(Place::Pre, 1.0, 0, 0, 0).is_err());
-        assert_eq!(Dropout::at(Some(Dropout::new(Place::Pre, 0.0, 0, 0, 0)?), Place::Pre), None);
+        assert_eq!(
+            Dropout::at(Some(Dropout::new(Place::Pre, 0.0, 0, 0, 0)?), Place::Pre),
+            None
+        );
         Ok(())
     }
 }

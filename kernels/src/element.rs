@@ -5,7 +5,9 @@ use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 use half::{bf16, f16};
 
 /// An element type of activations, weights or adapters: `f32`, [`bf16`] or [`f16`].
-pub trait Element: sealed::Sealed + DeviceRepr + ValidAsZeroBits + Copy + Default + Send + Sync + 'static {
+pub trait Element:
+    sealed::Sealed + DeviceRepr + ValidAsZeroBits + Copy + Default + Send + Sync + 'static
+{
     /// The type as a value.
     const DTYPE: DType;
 }

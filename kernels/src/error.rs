@@ -64,7 +64,9 @@ pub enum Error {
     },
 
     /// The driver refused a call.
-    #[error("{call} failed: {source}; an error of an earlier kernel can surface here: rerun with CUDA_LAUNCH_BLOCKING=1")]
+    #[error(
+        "{call} failed: {source}; an error of an earlier kernel can surface here: rerun with CUDA_LAUNCH_BLOCKING=1"
+    )]
     Driver {
         /// What was being done.
         call: &'static str,
@@ -73,7 +75,9 @@ pub enum Error {
     },
 
     /// cuBLASLt refused a product.
-    #[error("cuBLASLt: {call} failed with {status} for {shape}; update the CUDA libraries or run without fused kernels")]
+    #[error(
+        "cuBLASLt: {call} failed with {status} for {shape}; update the CUDA libraries or run without fused kernels"
+    )]
     Blas {
         /// Function that failed.
         call: &'static str,
@@ -95,7 +99,9 @@ pub enum Error {
     },
 
     /// Adapters are neither in f32 nor in the dtype of the base.
-    #[error("adapters in {adapter:?} under a base in {base:?}: keep adapters in f32 or in the dtype of the base")]
+    #[error(
+        "adapters in {adapter:?} under a base in {base:?}: keep adapters in f32 or in the dtype of the base"
+    )]
     AdapterDType {
         /// Dtype of the adapters.
         adapter: DType,
@@ -118,7 +124,10 @@ impl Error {
     pub(crate) fn allocation(what: &'static str, bytes: usize) -> impl FnOnce(DriverError) -> Self {
         move |source| match source.0 {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => Self::OutOfMemory { what, bytes },
-            _ => Self::Driver { call: "allocation", source },
+            _ => Self::Driver {
+                call: "allocation",
+                source,
+            },
         }
     }
 }
@@ -128,5 +137,9 @@ pub(crate) fn expect_size(what: &'static str, expected: usize, found: usize) -> 
     if expected == found {
         return Ok(());
     }
-    Err(Error::Shape { what, expected: expected.to_string(), found: found.to_string() })
+    Err(Error::Shape {
+        what,
+        expected: expected.to_string(),
+        found: found.to_string(),
+    })
 }

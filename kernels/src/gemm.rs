@@ -11,7 +11,9 @@ use std::ptr;
 use std::sync::{Arc, Mutex};
 
 use cudarc::cublaslt::result::{self, CublasError};
-use cudarc::cublaslt::sys::{self, cublasLtMatmulDescAttributes_t as Desc, cublasLtMatmulPreferenceAttributes_t as Pref};
+use cudarc::cublaslt::sys::{
+    self, cublasLtMatmulDescAttributes_t as Desc, cublasLtMatmulPreferenceAttributes_t as Pref,
+};
 use cudarc::driver::sys::{CUevent_flags, CUstreamCaptureStatus};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut};
 
@@ -78,11 +80,22 @@ unsafe impl Sync for Blas {}
 
 impl Blas {
     pub fn new(context: &Arc<CudaContext>) -> Result<Self> {
-        context.bind_to_thread().map_err(Error::driver("context switch"))?;
+        context
+            .bind_to_thread()
+            .map_err(Error::driver("context switch"))?;
         match panic::catch_unwind(result::create_handle) {
-            Ok(Ok(handle)) => Ok(Self { handle, plans: Mutex::default() }),
-            Ok(Err(e)) => Err(Error::MissingLibrary { library: "cublasLt", reason: e.to_string() }),
-            Err(_) => Err(Error::MissingLibrary { library: "cublasLt", reason: "not found".into() }),
+            Ok(Ok(handle)) => Ok(Self {
+                handle,
+                plans: Mutex::default(),
+            }),
+            Ok(Err(e)) => Err(Error::MissingLibrary {
+                library: "cublasLt",
+                reason: e.to_string(),
+            }),
+            Err(_) => Err(Error::MissingLibrary {
+                library: "cublasLt",
+                reason: "not found".into(),
+            }),
         }
     }
 
@@ -95,31 +108,58 @@ impl Blas {
         input: &CudaView<T>,
         out: &mut CudaSlice<T>,
     ) -> Result<()> {
-        stream.context().bind_to_thread().map_err(Error::driver("context switch"))?;
+        stream
+            .context()
+            .bind_to_thread()
+            .map_err(Error::driver("context switch"))?;
         let count = out.len();
         let (w, _w) = w.device_ptr(stream);
         let (input, _input) = input.device_ptr(stream);
         let (out, _out) = out.device_ptr_mut(stream);
-        let key = Key { shape, dtype: T::DTYPE, align: [w, input, out].map(alignment) };
-        let operands = Operands { w: w as _, input: input as _, c: out as _, d: out as _ };
+        let key = Key {
+            shape,
+            dtype: T::DTYPE,
+            align: [w, input, out].map(alignment),
+        };
+        let operands = Operands {
+            w: w as _,
+            input: input as _,
+            c: out as _,
+            d: out as _,
+        };
         let plan = self.plan(stream, key, operands, count)?;
         self.launch(stream, &plan, &plan.algo, plan.workspace, operands)
     }
 
-    fn plan(&self, stream: &Arc<CudaStream>, key: Key, operands: Operands, count: usize) -> Result<Arc<Plan>> {
+    fn plan(
+        &self,
+        stream: &Arc<CudaStream>,
+        key: Key,
+        operands: Operands,
+        count: usize,
+    ) -> Result<Arc<Plan>> {
         let mut plans = lock(&self.plans);
         if let Some(plan) = plans.get(&key) {
             return Ok(plan.clone());
         }
         let (mut plan, candidates) = self.candidates(key)?;
-        let multiplications = key.shape.rows.saturating_mul(key.shape.w_rows).saturating_mul(key.shape.w_cols);
-        let capturing = stream.capture_status().is_ok_and(|s| s != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE);
+        let multiplications = key
+            .shape
+            .rows
+            .saturating_mul(key.shape.w_rows)
+            .saturating_mul(key.shape.w_cols);
+        let capturing = stream
+            .capture_status()
+            .is_ok_and(|s| s != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE);
         if candidates.len() > 1 && multiplications >= WORTH_TIMING && !capturing {
             // Timed into a spare output; without room for one the first candidate stands.
             // SAFETY: the candidates overwrite every element and nothing reads the buffer.
             if let Ok(mut spare) = unsafe { stream.alloc::<u8>(count * key.dtype.bytes()) } {
                 let (d, _guard) = spare.device_ptr_mut(stream);
-                let operands = Operands { d: d as _, ..operands };
+                let operands = Operands {
+                    d: d as _,
+                    ..operands
+                };
                 let mut best = f32::INFINITY;
                 for candidate in &candidates {
                     if let Ok(ms) = self.time(stream, &plan, candidate, operands)
@@ -144,12 +184,26 @@ impl Blas {
         candidate: &sys::cublasLtMatmulHeuristicResult_t,
         operands: Operands,
     ) -> Result<f32> {
-        let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(Error::driver("event"));
+        let event = || {
+            stream
+                .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
+                .map_err(Error::driver("event"))
+        };
         let mut best = f32::INFINITY;
         for _ in 0..4 {
             let start = event()?;
-            self.launch(stream, plan, &candidate.algo, candidate.workspaceSize, operands)?;
-            best = best.min(start.elapsed_ms(&event()?).map_err(Error::driver("event"))?);
+            self.launch(
+                stream,
+                plan,
+                &candidate.algo,
+                candidate.workspaceSize,
+                operands,
+            )?;
+            best = best.min(
+                start
+                    .elapsed_ms(&event()?)
+                    .map_err(Error::driver("event"))?,
+            );
         }
         Ok(best)
     }
@@ -162,16 +216,26 @@ impl Blas {
         workspace: usize,
         operands: Operands,
     ) -> Result<()> {
-        // SAFETY: scratch memory, written before it is read by the library.
         let mut scratch = match workspace {
             0 => None,
             bytes => Some(
-                unsafe { stream.alloc::<u8>(bytes) }.map_err(Error::allocation("the workspace of cuBLASLt", bytes))?,
+                // SAFETY: scratch memory, written before it is read by the library.
+                unsafe { stream.alloc::<u8>(bytes) }
+                    .map_err(Error::allocation("the workspace of cuBLASLt", bytes))?,
             ),
         };
         let scratch = scratch.as_mut().map(|s| s.device_ptr_mut(stream));
-        let scratch_ptr = scratch.as_ref().map_or(ptr::null_mut(), |(p, _)| *p as *mut c_void);
-        let (alpha, beta) = (1.0_f32, if plan.key.shape.accumulate { 1.0_f32 } else { 0.0 });
+        let scratch_ptr = scratch
+            .as_ref()
+            .map_or(ptr::null_mut(), |(p, _)| *p as *mut c_void);
+        let (alpha, beta) = (
+            1.0_f32,
+            if plan.key.shape.accumulate {
+                1.0_f32
+            } else {
+                0.0
+            },
+        );
         // SAFETY: the descriptors are alive in `plan`; the caller's views cover the shapes of the key.
         unsafe {
             result::matmul(
@@ -198,7 +262,11 @@ impl Blas {
 
     /// Descriptors and the library's candidates, best first by its own model.
     fn candidates(&self, key: Key) -> Result<(Plan, Vec<sys::cublasLtMatmulHeuristicResult_t>)> {
-        let Key { shape, dtype, align } = key;
+        let Key {
+            shape,
+            dtype,
+            align,
+        } = key;
         let fail = |call| key.error(call);
         let compute = match (dtype, shape.math) {
             (DType::F32, F32Math::Tf32) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
@@ -224,7 +292,8 @@ impl Blas {
         let layout = |rows: usize, cols: usize, ld: usize| {
             result::create_matrix_layout(dtype.cuda_type(), rows as u64, cols as u64, ld as i64)
         };
-        plan.desc = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F).map_err(fail("descriptor"))?;
+        plan.desc = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)
+            .map_err(fail("descriptor"))?;
         plan.w = layout(shape.w_cols, shape.w_rows, shape.w_cols).map_err(fail("layout"))?;
         plan.input = layout(k, shape.rows, shape.stride).map_err(fail("layout"))?;
         plan.out = layout(n, shape.rows, n).map_err(fail("layout"))?;
@@ -240,19 +309,27 @@ impl Blas {
         .map_err(fail("descriptor"))?;
 
         let preference = Preference(result::create_matmul_pref().map_err(fail("preference"))?);
-        let reduction = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
-        preference.set(Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE).map_err(fail("preference"))?;
-        preference.set(Pref::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction).map_err(fail("preference"))?;
+        let reduction =
+            sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        preference
+            .set(Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE)
+            .map_err(fail("preference"))?;
+        preference
+            .set(Pref::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction)
+            .map_err(fail("preference"))?;
         for (attribute, bytes) in [
             (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, align[0]),
             (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, align[1]),
             (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, align[2]),
             (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, align[2]),
         ] {
-            preference.set(attribute, &bytes).map_err(fail("preference"))?;
+            preference
+                .set(attribute, &bytes)
+                .map_err(fail("preference"))?;
         }
 
-        let mut found = [const { MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed() }; CANDIDATES];
+        let mut found =
+            [const { MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed() }; CANDIDATES];
         let mut count = 0;
         // SAFETY: all objects are alive; `found` has room for the number of results asked for.
         unsafe {
@@ -274,12 +351,15 @@ impl Blas {
         // SAFETY: the library filled the first `count` results; the rest is not looked at.
         let candidates: Vec<_> = found[..count as usize]
             .iter()
+            // SAFETY: as above, and zeroed before.
             .map(|r| unsafe { r.assume_init() })
             .filter(|r| r.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS)
             .collect();
-        let first = candidates
-            .first()
-            .ok_or_else(|| fail("cublasLtMatmulAlgoGetHeuristic")(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)))?;
+        let first = candidates.first().ok_or_else(|| {
+            fail("cublasLtMatmulAlgoGetHeuristic")(CublasError(
+                sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+            ))
+        })?;
         (plan.algo, plan.workspace) = (first.algo, first.workspaceSize);
         Ok((plan, candidates))
     }
@@ -294,7 +374,11 @@ impl Drop for Blas {
 
 impl Key {
     fn error(self, call: &'static str) -> impl FnOnce(CublasError) -> Error {
-        move |e| Error::Blas { call, status: e.to_string(), shape: format!("{:?} in {:?}", self.shape, self.dtype) }
+        move |e| Error::Blas {
+            call,
+            status: e.to_string(),
+            shape: format!("{:?} in {:?}", self.shape, self.dtype),
+        }
     }
 }
 
@@ -325,7 +409,10 @@ unsafe impl Sync for Plan {}
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        for layout in [self.w, self.input, self.out].into_iter().filter(|l| !l.is_null()) {
+        for layout in [self.w, self.input, self.out]
+            .into_iter()
+            .filter(|l| !l.is_null())
+        {
             // SAFETY: created in `candidates` and destroyed once, here.
             let _ = unsafe { result::destroy_matrix_layout(layout) };
         }
@@ -341,7 +428,14 @@ struct Preference(sys::cublasLtMatmulPreference_t);
 impl Preference {
     fn set<V>(&self, attribute: Pref, value: &V) -> std::result::Result<(), CublasError> {
         // SAFETY: the preference is alive; `value` is valid for reads of its size.
-        unsafe { result::set_matmul_pref_attribute(self.0, attribute, ptr::from_ref(value).cast(), size_of::<V>()) }
+        unsafe {
+            result::set_matmul_pref_attribute(
+                self.0,
+                attribute,
+                ptr::from_ref(value).cast(),
+                size_of::<V>(),
+            )
+        }
     }
 }
 

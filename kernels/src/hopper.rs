@@ -3,10 +3,12 @@
 use std::ptr;
 
 use cudarc::driver::sys::{
-    CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
-    cuTensorMapEncodeTiled,
+    CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion,
+    CUtensorMapSwizzle, cuTensorMapEncodeTiled,
 };
-use cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{
+    CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+};
 
 use crate::dropout::Mask;
 use crate::element::{DType, Element};
@@ -79,11 +81,17 @@ impl Launcher<'_> {
             Reason::Architecture
         } else if T::DTYPE == DType::F32 {
             Reason::DType
-        } else if !self.aligned(input) || w_rows % 8 != 0 || w_cols % 8 != 0 || self.address(weight) % 16 != 0 {
+        } else if !self.aligned(input)
+            || !w_rows.is_multiple_of(8)
+            || !w_cols.is_multiple_of(8)
+            || !self.address(weight).is_multiple_of(16)
+        {
             Reason::Alignment
         } else if mask.is_some() && rank > DEPTH {
             Reason::DropoutRank
-        } else if self.kernels.preference() == Preference::Fastest && !self.fills(product, input.rows, w_rows, w_cols) {
+        } else if self.kernels.preference() == Preference::Fastest
+            && !self.fills(product, input.rows, w_rows, w_cols)
+        {
             Reason::FewTiles
         } else {
             return Path::Hopper;
@@ -93,7 +101,11 @@ impl Launcher<'_> {
 
     /// Whether at least three quarters of the card work, waves rounded up.
     fn fills(&self, product: Product, rows: usize, w_rows: usize, w_cols: usize) -> bool {
-        let cols = if product == Product::Forward { w_rows } else { w_cols };
+        let cols = if product == Product::Forward {
+            w_rows
+        } else {
+            w_cols
+        };
         let tiles = rows.div_ceil(TILE) * cols.div_ceil(TILE);
         let clusters = self.kernels.multiprocessors() / CLUSTER;
         let useful = rows * cols; // of the area that whole waves of tiles cover
@@ -124,14 +136,34 @@ impl Launcher<'_> {
 
     /// One pass over the output. [`Self::path`] must have chosen [`Path::Hopper`].
     pub fn fused<T: Element>(&self, call: Fused<T>) -> Result<FusedOutput<T>> {
-        let Fused { product, input, weight, w_rows, w_cols, bias, q, p, rank, mask, side } = call;
+        let Fused {
+            product,
+            input,
+            weight,
+            w_rows,
+            w_cols,
+            bias,
+            q,
+            p,
+            rank,
+            mask,
+            side,
+        } = call;
         let forward = product == Product::Forward;
-        let (depth, cols) = if forward { (w_cols, w_rows) } else { (w_rows, w_cols) };
+        let (depth, cols) = if forward {
+            (w_cols, w_rows)
+        } else {
+            (w_rows, w_cols)
+        };
         let rank = padded_rank(rank);
         let rows = input.rows;
         let mut out = self.alloc("the output", rows * cols)?;
         if rows == 0 {
-            return Ok(FusedOutput { out, a: None, b: None });
+            return Ok(FusedOutput {
+                out,
+                a: None,
+                b: None,
+            });
         }
         let side_blocks = side.as_ref().map_or(0, |side| side.blocks);
         let instance = Instance {
@@ -152,31 +184,45 @@ impl Launcher<'_> {
         let (q_at, _q) = q.device_ptr(self.stream);
         let (p_at, _p) = p.device_ptr(self.stream);
         let box_rows = if forward { 128 } else { DEPTH };
-        let map = |at, rows, cols, stride, box_rows| TensorMap::new::<T>(at, (rows, cols, stride), box_rows);
+        let map = |at, rows, cols, stride, box_rows| {
+            TensorMap::new::<T>(at, (rows, cols, stride), box_rows)
+        };
         let input_map = map(input_at, rows, depth, input.stride, 128)?;
         let weight_map = map(weight_at, w_rows, w_cols, w_cols, box_rows)?;
         let q_map = map(q_at, rows, rank, rank, 128)?;
-        let p_map = if forward { map(p_at, cols, rank, rank, 128)? } else { map(p_at, rank, cols, padded_width(cols), DEPTH)? };
+        let p_map = if forward {
+            map(p_at, cols, rank, rank, 128)?
+        } else {
+            map(p_at, rank, cols, padded_width(cols), DEPTH)?
+        };
         let (out_at, out_guard) = out.device_ptr_mut(self.stream);
         let out_map = map(out_at, rows, cols, cols, 64)?;
 
         let tiles = rows.div_ceil(TILE) * cols.div_ceil(TILE);
-        let tile_blocks = CLUSTER * tiles.min((self.kernels.multiprocessors() - side_blocks) / CLUSTER);
+        let tile_blocks =
+            CLUSTER * tiles.min((self.kernels.multiprocessors() - side_blocks) / CLUSTER);
         let blocks = tile_blocks + side_blocks;
         let side_a = side.as_ref().and_then(|side| side.a);
-        let (b_cols, a_cols) = (if side.is_some() { depth } else { 0 }, side_a.map_or(0, |(xs, _)| xs.cols));
+        let (b_cols, a_cols) = (
+            if side.is_some() { depth } else { 0 },
+            side_a.map_or(0, |(xs, _)| xs.cols),
+        );
         let mut b_part = self.alloc::<f32>("partial gradients", rank * b_cols)?;
         let mut a_part = self.alloc::<f32>("partial gradients", rank * a_cols)?;
         let (b_at, b_guard) = b_part.device_ptr_mut(self.stream);
         let (a_at, a_guard) = a_part.device_ptr_mut(self.stream);
         let s_ptr = side.as_ref().map(|side| side.s.device_ptr(self.stream));
-        let ds_ptr = side_a.map(|(xs, ds)| (xs.data.device_ptr(self.stream), ds.device_ptr(self.stream)));
+        let ds_ptr =
+            side_a.map(|(xs, ds)| (xs.data.device_ptr(self.stream), ds.device_ptr(self.stream)));
         let side_map = match (side_a, &ds_ptr) {
             (Some((xs, _)), Some(((at, _), _))) => map(*at, rows, xs.cols, xs.stride, 128)?,
             _ => input_map,
         };
         let side_job = Side {
-            q: [s_ptr.as_ref().map_or(0, |p| p.0), ds_ptr.as_ref().map_or(0, |(_, p)| p.0)],
+            q: [
+                s_ptr.as_ref().map_or(0, |p| p.0),
+                ds_ptr.as_ref().map_or(0, |(_, p)| p.0),
+            ],
             part: [b_at, a_at],
             cols: [b_cols as i32, a_cols as i32],
             blocks: side_blocks as i64,
@@ -184,14 +230,29 @@ impl Launcher<'_> {
         let (rows, cols, depth, rank) = (rows as i32, cols as i32, depth as i32, rank as i32);
         let (mask, null) = (mask.unwrap_or_default(), 0_u64);
         let mut launch = self.stream.launch_builder(&function);
-        launch.arg(&input_map).arg(&weight_map).arg(&q_map).arg(&p_map).arg(&out_map).arg(&side_map);
+        launch
+            .arg(&input_map)
+            .arg(&weight_map)
+            .arg(&q_map)
+            .arg(&p_map)
+            .arg(&out_map)
+            .arg(&side_map);
         match bias {
             Some(bias) => launch.arg(bias),
             None => launch.arg(&null),
         };
-        launch.arg(&rows).arg(&cols).arg(&depth).arg(&rank).arg(&mask).arg(&side_job);
-        let config =
-            LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (384, 1, 1), shared_mem_bytes: SHARED_BYTES as u32 };
+        launch
+            .arg(&rows)
+            .arg(&cols)
+            .arg(&depth)
+            .arg(&rank)
+            .arg(&mask)
+            .arg(&side_job);
+        let config = LaunchConfig {
+            grid_dim: (blocks as u32, 1, 1),
+            block_dim: (384, 1, 1),
+            shared_mem_bytes: SHARED_BYTES as u32,
+        };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,
         // whose sizes the caller checked, and the guards above order the stream after their writers.
         unsafe { launch.launch(config) }.map_err(Error::driver("launch of gemm"))?;
@@ -225,14 +286,21 @@ unsafe impl DeviceRepr for TensorMap {}
 
 impl TensorMap {
     /// `[rows, cols]` at `address`, rows `stride` elements apart, in swizzled boxes of 64 columns.
-    fn new<T: Element>(address: u64, (rows, cols, stride): (usize, usize, usize), box_rows: usize) -> Result<Self> {
+    fn new<T: Element>(
+        address: u64,
+        (rows, cols, stride): (usize, usize, usize),
+        box_rows: usize,
+    ) -> Result<Self> {
         let mut map = Self([0; 16]);
         let dtype = match T::DTYPE {
             DType::Bf16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             DType::F32 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
         };
-        let (sizes, strides) = ([cols as u64, rows as u64], [(stride * size_of::<T>()) as u64]);
+        let (sizes, strides) = (
+            [cols as u64, rows as u64],
+            [(stride * size_of::<T>()) as u64],
+        );
         let (box_size, steps) = ([DEPTH as u32, box_rows as u32], [1, 1]);
         // SAFETY: the arrays have two, one, two and two elements, as rank 2 asks for; `map` is 128 bytes
         // aligned to 128 and only written.

@@ -59,7 +59,13 @@ impl Kernel {
     pub fn source(self) -> &'static str {
         macro_rules! with_tile {
             ($file:literal) => {
-                concat!(include_str!("cuda/tile.cuh"), "\n#line 1 \"", $file, "\"\n", include_str!(concat!("cuda/", $file)))
+                concat!(
+                    include_str!("cuda/tile.cuh"),
+                    "\n#line 1 \"",
+                    $file,
+                    "\"\n",
+                    include_str!(concat!("cuda/", $file))
+                )
             };
         }
         match self {
@@ -79,10 +85,15 @@ impl Kernels {
     /// # Errors
     /// [`Error::UnsupportedArch`] before Ampere, [`Error::MissingLibrary`] without NVRTC or cuBLASLt.
     pub fn new(context: &Arc<CudaContext>) -> Result<Self> {
-        let (major, minor) = context.compute_capability().map_err(Error::driver("query of the compute capability"))?;
+        let (major, minor) = context
+            .compute_capability()
+            .map_err(Error::driver("query of the compute capability"))?;
         let arch = arch(major, minor).ok_or(Error::UnsupportedArch { major, minor })?;
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let multiprocessors = context.attribute(count).map_err(Error::driver("query of the multiprocessors"))? as usize;
+        let multiprocessors = context
+            .attribute(count)
+            .map_err(Error::driver("query of the multiprocessors"))?
+            as usize;
         Ok(Self {
             context: context.clone(),
             arch,
@@ -139,13 +150,25 @@ impl Kernels {
             return Ok(function.clone());
         }
         let Instance { kernel, defines } = &instance;
-        let request = Request { kernel: kernel.name(), source: kernel.source(), arch: self.arch, defines };
+        let request = Request {
+            kernel: kernel.name(),
+            source: kernel.source(),
+            arch: self.arch,
+            defines,
+        };
         let cubin = self.compiler.cubin(&request)?;
-        let module = self.context.load_module(Ptx::from_binary(cubin)).map_err(Error::driver("module load"))?;
-        let function = module.load_function(kernel.name()).map_err(Error::driver("function load"))?;
+        let module = self
+            .context
+            .load_module(Ptx::from_binary(cubin))
+            .map_err(Error::driver("module load"))?;
+        let function = module
+            .load_function(kernel.name())
+            .map_err(Error::driver("function load"))?;
         if shared_bytes > 48 * 1024 {
             let limit = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(limit, shared_bytes as i32).map_err(Error::driver("shared memory limit"))?;
+            function
+                .set_attribute(limit, shared_bytes as i32)
+                .map_err(Error::driver("shared memory limit"))?;
         }
         functions.insert(instance, function.clone());
         Ok(function)
@@ -156,7 +179,9 @@ impl Kernels {
 ///
 /// Never panics; meant for tests and examples that run anywhere.
 pub fn first_device() -> Option<Arc<CudaContext>> {
-    panic::catch_unwind(|| CudaContext::new(0).ok()).ok().flatten()
+    panic::catch_unwind(|| CudaContext::new(0).ok())
+        .ok()
+        .flatten()
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -99,8 +99,16 @@ impl Kernels {
         linear.check()?;
         expect_size("width of the input", linear.in_features, xs.cols)?;
         xs.check("input")?;
-        let launcher = Launcher { kernels: self, stream };
-        let LoraLinear { rank, in_features, out_features, .. } = *linear;
+        let launcher = Launcher {
+            kernels: self,
+            stream,
+        };
+        let LoraLinear {
+            rank,
+            in_features,
+            out_features,
+            ..
+        } = *linear;
         let pre = Dropout::at(linear.dropout, Place::Pre);
         let post = Dropout::at(linear.dropout, Place::Post);
 
@@ -112,27 +120,39 @@ impl Kernels {
         )?;
         let s = launcher.shrink(xs, &a, rank, linear.scaling, pre)?;
         let ys = match linear.path(&launcher, Product::Forward, xs) {
-            Path::Hopper => launcher.fused(Fused {
-                product: Product::Forward,
-                input: xs,
-                weight: &linear.weight,
-                w_rows: out_features,
-                w_cols: in_features,
-                bias: linear.bias.as_ref(),
-                q: &s,
-                p: &b,
-                rank,
-                mask: post,
-                side: None,
-            })?
-            .out,
+            Path::Hopper => {
+                launcher
+                    .fused(Fused {
+                        product: Product::Forward,
+                        input: xs,
+                        weight: &linear.weight,
+                        w_rows: out_features,
+                        w_cols: in_features,
+                        bias: linear.bias.as_ref(),
+                        q: &s,
+                        p: &b,
+                        rank,
+                        mask: post,
+                        side: None,
+                    })?
+                    .out
+            }
             Path::General(_) => {
-                let mut ys = launcher.expand((&s, xs.rows), (&b, out_features), rank, linear.bias.as_ref(), post)?;
+                let mut ys = launcher.expand(
+                    (&s, xs.rows),
+                    (&b, out_features),
+                    rank,
+                    linear.bias.as_ref(),
+                    post,
+                )?;
                 self.accumulate(stream, Product::Forward, xs, linear, &mut ys)?;
                 ys
             }
         };
-        Ok(Forward { ys, saved: Saved { s } })
+        Ok(Forward {
+            ys,
+            saved: Saved { s },
+        })
     }
 
     /// Gradients of a forward with the same `xs`, `linear` and dropout, given `dys = dL/dy`.
@@ -148,7 +168,10 @@ impl Kernels {
         linear: &LoraLinear<T, P>,
         input: InputGradient,
     ) -> Result<Gradients<T, P>> {
-        let launcher = Launcher { kernels: self, stream };
+        let launcher = Launcher {
+            kernels: self,
+            stream,
+        };
         let mut a = launcher.alloc("the gradient of A", linear.rank * linear.in_features)?;
         let mut b = launcher.alloc("the gradient of B", linear.out_features * linear.rank)?;
         let into = (&mut a.as_view_mut(), &mut b.as_view_mut());
@@ -189,20 +212,48 @@ impl Kernels {
     ) -> Result<Option<CudaSlice<T>>> {
         linear.check()?;
         expect_size("width of the input", linear.in_features, xs.cols)?;
-        expect_size("width of the output gradient", linear.out_features, dys.cols)?;
+        expect_size(
+            "width of the output gradient",
+            linear.out_features,
+            dys.cols,
+        )?;
         expect_size("rows of the output gradient", xs.rows, dys.rows)?;
-        expect_size("saved product of the forward", xs.rows * padded_rank(linear.rank), saved.s.len())?;
-        expect_size("gradient of A", linear.rank * linear.in_features, a_grad.len())?;
-        expect_size("gradient of B", linear.out_features * linear.rank, b_grad.len())?;
+        expect_size(
+            "saved product of the forward",
+            xs.rows * padded_rank(linear.rank),
+            saved.s.len(),
+        )?;
+        expect_size(
+            "gradient of A",
+            linear.rank * linear.in_features,
+            a_grad.len(),
+        )?;
+        expect_size(
+            "gradient of B",
+            linear.out_features * linear.rank,
+            b_grad.len(),
+        )?;
         xs.check("input")?;
         dys.check("output gradient")?;
-        let launcher = Launcher { kernels: self, stream };
-        let LoraLinear { rank, in_features, out_features, .. } = *linear;
+        let launcher = Launcher {
+            kernels: self,
+            stream,
+        };
+        let LoraLinear {
+            rank,
+            in_features,
+            out_features,
+            ..
+        } = *linear;
         let pre = Dropout::at(linear.dropout, Place::Pre);
         let post = Dropout::at(linear.dropout, Place::Post);
 
         let path = linear.path(&launcher, Product::Backward, dys);
-        let a_layout = if path == Path::Hopper { Layout::RankRows } else { Layout::RankCols };
+        let a_layout = if path == Path::Hopper {
+            Layout::RankRows
+        } else {
+            Layout::RankCols
+        };
         let (a, b) = launcher.pack::<T, P>(
             (&linear.a, a_layout),
             (&linear.b, Layout::RankRows),
@@ -231,7 +282,8 @@ impl Kernels {
                 (Some(fused.out), fused.a, fused.b)
             }
             Path::General(_) => {
-                let mut dxs = launcher.expand((&ds, xs.rows), (&a, in_features), rank, None, pre)?;
+                let mut dxs =
+                    launcher.expand((&ds, xs.rows), (&a, in_features), rank, None, pre)?;
                 self.accumulate(stream, Product::Backward, dys, linear, &mut dxs)?;
                 (Some(dxs), None, None)
             }
@@ -243,13 +295,37 @@ impl Kernels {
     }
 
     /// How [`Kernels::forward`] computes this layer, and why not faster.
-    pub fn forward_path<T: Element, P: Element>(&self, stream: &Arc<CudaStream>, xs: &Rows<T>, linear: &LoraLinear<T, P>) -> Path {
-        linear.path(&Launcher { kernels: self, stream }, Product::Forward, xs)
+    pub fn forward_path<T: Element, P: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        xs: &Rows<T>,
+        linear: &LoraLinear<T, P>,
+    ) -> Path {
+        linear.path(
+            &Launcher {
+                kernels: self,
+                stream,
+            },
+            Product::Forward,
+            xs,
+        )
     }
 
     /// How [`Kernels::backward`] computes the gradient of the input, and why not faster.
-    pub fn backward_path<T: Element, P: Element>(&self, stream: &Arc<CudaStream>, dys: &Rows<T>, linear: &LoraLinear<T, P>) -> Path {
-        linear.path(&Launcher { kernels: self, stream }, Product::Backward, dys)
+    pub fn backward_path<T: Element, P: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        dys: &Rows<T>,
+        linear: &LoraLinear<T, P>,
+    ) -> Path {
+        linear.path(
+            &Launcher {
+                kernels: self,
+                stream,
+            },
+            Product::Backward,
+            dys,
+        )
     }
 
     /// `out += input · op(W)`
@@ -273,7 +349,8 @@ impl Kernels {
             accumulate: true,
             math: linear.math,
         };
-        self.blas().run(stream, shape, &linear.weight, &input.data, out)
+        self.blas()
+            .run(stream, shape, &linear.weight, &input.data, out)
     }
 
     /// The frozen product alone, `x Wᵀ` or `dY W`: the baseline of benchmarks.
@@ -288,12 +365,23 @@ impl Kernels {
         (weight, out_features, in_features): (&CudaView<T>, usize, usize),
         backward: bool,
     ) -> Result<CudaSlice<T>> {
-        let (product, cols) =
-            if backward { (Product::Backward, in_features) } else { (Product::Forward, out_features) };
+        let (product, cols) = if backward {
+            (Product::Backward, in_features)
+        } else {
+            (Product::Forward, out_features)
+        };
         expect_size("weight", out_features * in_features, weight.len())?;
-        expect_size("width of the input", if backward { out_features } else { in_features }, input.cols)?;
+        expect_size(
+            "width of the input",
+            if backward { out_features } else { in_features },
+            input.cols,
+        )?;
         input.check("input")?;
-        let mut out = Launcher { kernels: self, stream }.alloc("the output", input.rows * cols)?;
+        let mut out = Launcher {
+            kernels: self,
+            stream,
+        }
+        .alloc("the output", input.rows * cols)?;
         let shape = Shape {
             product,
             rows: input.rows,
@@ -303,30 +391,58 @@ impl Kernels {
             accumulate: false,
             math: F32Math::Exact,
         };
-        self.blas().run(stream, shape, weight, &input.data, &mut out)?;
+        self.blas()
+            .run(stream, shape, weight, &input.data, &mut out)?;
         Ok(out)
     }
 }
 
 impl<T: Element, P: Element> LoraLinear<'_, T, P> {
     fn path(&self, launcher: &Launcher, product: Product, input: &Rows<T>) -> Path {
-        let place = if product == Product::Forward { Place::Post } else { Place::Pre };
+        let place = if product == Product::Forward {
+            Place::Post
+        } else {
+            Place::Pre
+        };
         let mask = Dropout::at(self.dropout, place);
-        launcher.path(product, input, (&self.weight, self.out_features, self.in_features), self.rank, mask)
+        launcher.path(
+            product,
+            input,
+            (&self.weight, self.out_features, self.in_features),
+            self.rank,
+            mask,
+        )
     }
 
     fn check(&self) -> Result<()> {
         if P::DTYPE != T::DTYPE && P::DTYPE != DType::F32 {
-            return Err(Error::AdapterDType { adapter: P::DTYPE, base: T::DTYPE });
+            return Err(Error::AdapterDType {
+                adapter: P::DTYPE,
+                base: T::DTYPE,
+            });
         }
-        for (what, size) in [("rank", self.rank), ("in_features", self.in_features), ("out_features", self.out_features)] {
+        for (what, size) in [
+            ("rank", self.rank),
+            ("in_features", self.in_features),
+            ("out_features", self.out_features),
+        ] {
             if size == 0 || size > i32::MAX as usize / 2 {
-                return Err(Error::Shape { what, expected: "1 to 1073741823".into(), found: size.to_string() });
+                return Err(Error::Shape {
+                    what,
+                    expected: "1 to 1073741823".into(),
+                    found: size.to_string(),
+                });
             }
         }
-        expect_size("weight", self.out_features * self.in_features, self.weight.len())?;
+        expect_size(
+            "weight",
+            self.out_features * self.in_features,
+            self.weight.len(),
+        )?;
         expect_size("adapter A", self.rank * self.in_features, self.a.len())?;
         expect_size("adapter B", self.out_features * self.rank, self.b.len())?;
-        self.bias.as_ref().map_or(Ok(()), |bias| expect_size("bias", self.out_features, bias.len()))
+        self.bias.as_ref().map_or(Ok(()), |bias| {
+            expect_size("bias", self.out_features, bias.len())
+        })
     }
 }

@@ -54,7 +54,9 @@ impl fmt::Display for Reason {
         f.write_str(match self {
             Self::Architecture => "the card is no Hopper",
             Self::DType => "the base is in f32",
-            Self::Alignment => "a pointer is not on 16 bytes, or a width or stride no multiple of 8",
+            Self::Alignment => {
+                "a pointer is not on 16 bytes, or a width or stride no multiple of 8"
+            }
             Self::DropoutRank => "dropout with a rank above 64",
             Self::FewTiles => "too few tiles to fill the card",
             Self::Preference => "asked for",

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaFunction, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr,
+    LaunchConfig, PushKernelArg,
 };
 
 use crate::dropout::Mask;
@@ -27,15 +28,26 @@ pub struct Rows<'a, T> {
 impl<'a, T> Rows<'a, T> {
     /// A matrix without gaps between rows.
     pub fn packed(data: CudaView<'a, T>, rows: usize, cols: usize) -> Self {
-        Self { data, rows, cols, stride: cols }
+        Self {
+            data,
+            rows,
+            cols,
+            stride: cols,
+        }
     }
 
     pub(crate) fn check(&self, what: &'static str) -> Result<()> {
-        let needed = self.rows.checked_sub(1).map_or(0, |last| last.saturating_mul(self.stride).saturating_add(self.cols));
-        if self.data.len() < needed || self.stride < self.cols || self.cols > i32::MAX as usize - 64 {
+        let needed = self.rows.checked_sub(1).map_or(0, |last| {
+            last.saturating_mul(self.stride).saturating_add(self.cols)
+        });
+        if self.data.len() < needed || self.stride < self.cols || self.cols > i32::MAX as usize - 64
+        {
             return Err(Error::Shape {
                 what,
-                expected: format!("{} rows of {} elements, {} apart", self.rows, self.cols, self.stride),
+                expected: format!(
+                    "{} rows of {} elements, {} apart",
+                    self.rows, self.cols, self.stride
+                ),
                 found: format!("{} elements", self.data.len()),
             });
         }
@@ -82,7 +94,11 @@ impl Launcher<'_> {
         unsafe { self.stream.alloc(len) }.map_err(Error::allocation(what, len * size_of::<T>()))
     }
 
-    pub fn function(&self, kernel: Kernel, defines: Vec<(&'static str, u32)>) -> Result<CudaFunction> {
+    pub fn function(
+        &self,
+        kernel: Kernel,
+        defines: Vec<(&'static str, u32)>,
+    ) -> Result<CudaFunction> {
         self.kernels.function(Instance { kernel, defines }, 0)
     }
 
@@ -95,30 +111,74 @@ impl Launcher<'_> {
         (a_width, b_width): (usize, usize),
     ) -> Result<(CudaSlice<T>, CudaSlice<T>)> {
         let source_f32 = u32::from(P::DTYPE == DType::F32);
-        let function = self.function(Kernel::Pack, vec![("DTYPE", T::DTYPE.define()), ("ALIGNED", 1), ("SOURCE_F32", source_f32)])?;
+        let function = self.function(
+            Kernel::Pack,
+            vec![
+                ("DTYPE", T::DTYPE.define()),
+                ("ALIGNED", 1),
+                ("SOURCE_F32", source_f32),
+            ],
+        )?;
         let shape = |rows: usize, cols: usize, width: usize, layout, transpose| {
             let (dst_rows, dst_cols) = match layout {
                 Layout::RankRows => (padded_rank(rank), padded_width(width)),
                 Layout::RankCols => (padded_width(width), padded_rank(rank)),
             };
-            PackShape { rows: rows as i32, cols: cols as i32, dst_rows: dst_rows as i32, dst_cols: dst_cols as i32, transpose: i32::from(transpose) }
+            PackShape {
+                rows: rows as i32,
+                cols: cols as i32,
+                dst_rows: dst_rows as i32,
+                dst_cols: dst_cols as i32,
+                transpose: i32::from(transpose),
+            }
         };
-        let a_shape = shape(rank, a_width, a_width, a_layout, a_layout == Layout::RankCols);
-        let b_shape = shape(b_width, rank, b_width, b_layout, b_layout == Layout::RankRows);
+        let a_shape = shape(
+            rank,
+            a_width,
+            a_width,
+            a_layout,
+            a_layout == Layout::RankCols,
+        );
+        let b_shape = shape(
+            b_width,
+            rank,
+            b_width,
+            b_layout,
+            b_layout == Layout::RankRows,
+        );
         let mut a_dst = self.alloc("a packed adapter", a_shape.len())?;
         let mut b_dst = self.alloc("a packed adapter", b_shape.len())?;
         let blocks = a_shape.len().max(b_shape.len()).div_ceil(256).min(1024) as u32;
         let mut launch = self.stream.launch_builder(&function);
-        launch.arg(a).arg(&mut a_dst).arg(&a_shape).arg(b).arg(&mut b_dst).arg(&b_shape);
+        launch
+            .arg(a)
+            .arg(&mut a_dst)
+            .arg(&a_shape)
+            .arg(b)
+            .arg(&mut b_dst)
+            .arg(&b_shape);
         // SAFETY: arguments in the order of pack.cu; sources were checked against rank and width,
         // destinations have the padded sizes of their shapes.
-        unsafe { launch.launch(LaunchConfig { grid_dim: (blocks, 2, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 }) }
-            .map_err(Error::driver("launch of pack"))?;
+        unsafe {
+            launch.launch(LaunchConfig {
+                grid_dim: (blocks, 2, 1),
+                block_dim: (256, 1, 1),
+                shared_mem_bytes: 0,
+            })
+        }
+        .map_err(Error::driver("launch of pack"))?;
         Ok((a_dst, b_dst))
     }
 
     /// `s[rows, padded_rank] = alpha · D(x) aᵀ`, with `a` packed as [`Layout::RankRows`].
-    pub fn shrink<T: Element>(&self, xs: &Rows<T>, a: &CudaSlice<T>, rank: usize, alpha: f32, mask: Option<Mask>) -> Result<CudaSlice<T>> {
+    pub fn shrink<T: Element>(
+        &self,
+        xs: &Rows<T>,
+        a: &CudaSlice<T>,
+        rank: usize,
+        alpha: f32,
+        mask: Option<Mask>,
+    ) -> Result<CudaSlice<T>> {
         let padded = padded_rank(rank);
         let mut s = self.alloc("the rank-sized product", xs.rows * padded)?;
         if xs.rows == 0 {
@@ -126,14 +186,22 @@ impl Launcher<'_> {
         }
         let tile = rank_tile(padded);
         // More rows a block reuse `a` better; more blocks fill the card.
-        let full_card = |row_tiles: usize| xs.rows.div_ceil(16 * row_tiles) * 10 >= 9 * self.kernels.multiprocessors();
+        let full_card = |row_tiles: usize| {
+            xs.rows.div_ceil(16 * row_tiles) * 10 >= 9 * self.kernels.multiprocessors()
+        };
         let row_tiles = match (T::DTYPE, tile) {
             (DType::F32, 17..) => 1,
             (DType::Bf16 | DType::F16, 33..) if full_card(4) => 4,
             _ if full_card(2) => 2,
             _ => 1,
         };
-        let warps = if xs.rows.div_ceil(16) * (padded / tile) < self.kernels.multiprocessors() && tile <= 32 { 16 } else { 8 };
+        let warps = if xs.rows.div_ceil(16) * (padded / tile) < self.kernels.multiprocessors()
+            && tile <= 32
+        {
+            16
+        } else {
+            8
+        };
         let function = self.function(
             Kernel::Shrink,
             vec![
@@ -146,14 +214,38 @@ impl Launcher<'_> {
             ],
         )?;
         let (rows, ldx, cols) = (xs.rows as i64, xs.stride as i64, xs.cols as i32);
-        let (lda, lds, mask) = (padded_width(xs.cols) as i32, padded as i32, mask.unwrap_or_default());
-        let grid = (xs.rows.div_ceil(16 * row_tiles) as u32, (padded / tile) as u32, 1);
+        let (lda, lds, mask) = (
+            padded_width(xs.cols) as i32,
+            padded as i32,
+            mask.unwrap_or_default(),
+        );
+        let grid = (
+            xs.rows.div_ceil(16 * row_tiles) as u32,
+            (padded / tile) as u32,
+            1,
+        );
         let mut launch = self.stream.launch_builder(&function);
-        launch.arg(&xs.data).arg(a).arg(&mut s).arg(&rows).arg(&ldx).arg(&cols).arg(&lda).arg(&lds).arg(&alpha).arg(&mask);
+        launch
+            .arg(&xs.data)
+            .arg(a)
+            .arg(&mut s)
+            .arg(&rows)
+            .arg(&ldx)
+            .arg(&cols)
+            .arg(&lda)
+            .arg(&lds)
+            .arg(&alpha)
+            .arg(&mask);
         // SAFETY: arguments in the order of shrink.cu; `xs` passed `Rows::check`, `a` is packed and
         // `s` has rows * padded_rank elements.
-        unsafe { launch.launch(LaunchConfig { grid_dim: grid, block_dim: (32 * warps as u32, 1, 1), shared_mem_bytes: 0 }) }
-            .map_err(Error::driver("launch of shrink"))?;
+        unsafe {
+            launch.launch(LaunchConfig {
+                grid_dim: grid,
+                block_dim: (32 * warps as u32, 1, 1),
+                shared_mem_bytes: 0,
+            })
+        }
+        .map_err(Error::driver("launch of shrink"))?;
         Ok(s)
     }
 
@@ -170,7 +262,7 @@ impl Launcher<'_> {
         if rows == 0 {
             return Ok(out);
         }
-        let aligned = cols % T::DTYPE.vector() == 0;
+        let aligned = cols.is_multiple_of(T::DTYPE.vector());
         let row_tiles = if rows >= 64 { 4 } else { 1 };
         let function = self.function(
             Kernel::Expand,
@@ -190,25 +282,49 @@ impl Launcher<'_> {
             Some(bias) => launch.arg(bias),
             None => launch.arg(&null),
         };
-        launch.arg(&mut out).arg(&rows).arg(&cols).arg(&rank).arg(&with_bias).arg(&mask);
+        launch
+            .arg(&mut out)
+            .arg(&rows)
+            .arg(&cols)
+            .arg(&rank)
+            .arg(&with_bias)
+            .arg(&mask);
         // SAFETY: arguments in the order of expand.cu; `q` and `p` are padded, `bias` was checked to
         // have `cols` elements and `out` has rows * cols.
-        unsafe { launch.launch(LaunchConfig { grid_dim: (grid_x(blocks)?, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 }) }
-            .map_err(Error::driver("launch of expand"))?;
+        unsafe {
+            launch.launch(LaunchConfig {
+                grid_dim: (grid_x(blocks)?, 1, 1),
+                block_dim: (256, 1, 1),
+                shared_mem_bytes: 0,
+            })
+        }
+        .map_err(Error::driver("launch of expand"))?;
         Ok(out)
     }
 
     /// Partial sums of `qᵀ D(z)`: `[splits, padded_rank, cols]`, to be added up by [`Self::reduce`].
-    pub fn outer<T: Element>(&self, z: &Rows<T>, q: &CudaSlice<T>, rank: usize, mask: Option<Mask>) -> Result<Partial> {
+    pub fn outer<T: Element>(
+        &self,
+        z: &Rows<T>,
+        q: &CudaSlice<T>,
+        rank: usize,
+        mask: Option<Mask>,
+    ) -> Result<Partial> {
         let padded = padded_rank(rank);
         if z.rows == 0 {
-            return Ok(Partial { part: self.alloc("partial gradients", 0)?, splits: 0, cols: z.cols });
+            return Ok(Partial {
+                part: self.alloc("partial gradients", 0)?,
+                splits: 0,
+                cols: z.cols,
+            });
         }
         let tile = rank_tile(padded);
         let block_cols = 8 * T::DTYPE.vector() * if tile <= 32 { 2 } else { 1 };
         let col_blocks = z.cols.div_ceil(block_cols);
         // One wave of two blocks a multiprocessor, of 256 rows or more each.
-        let splits = (2 * self.kernels.multiprocessors() / (col_blocks * (padded / tile))).min(z.rows.div_ceil(256)).max(1);
+        let splits = (2 * self.kernels.multiprocessors() / (col_blocks * (padded / tile)))
+            .min(z.rows.div_ceil(256))
+            .max(1);
         let rows_per_split = z.rows.div_ceil(splits).next_multiple_of(16);
         let splits = z.rows.div_ceil(rows_per_split);
         let function = self.function(
@@ -225,12 +341,31 @@ impl Launcher<'_> {
         let (per_split, mask) = (rows_per_split as i64, mask.unwrap_or_default());
         let grid = (col_blocks as u32, splits as u32, (padded / tile) as u32);
         let mut launch = self.stream.launch_builder(&function);
-        launch.arg(&z.data).arg(q).arg(&mut part).arg(&rows).arg(&ldz).arg(&cols).arg(&ldq).arg(&per_split).arg(&mask);
+        launch
+            .arg(&z.data)
+            .arg(q)
+            .arg(&mut part)
+            .arg(&rows)
+            .arg(&ldz)
+            .arg(&cols)
+            .arg(&ldq)
+            .arg(&per_split)
+            .arg(&mask);
         // SAFETY: arguments in the order of outer.cu; `z` passed `Rows::check`, `q` has as many rows,
         // padded, and `part` holds every split.
-        unsafe { launch.launch(LaunchConfig { grid_dim: grid, block_dim: (256, 1, 1), shared_mem_bytes: 0 }) }
-            .map_err(Error::driver("launch of outer"))?;
-        Ok(Partial { part, splits, cols: z.cols })
+        unsafe {
+            launch.launch(LaunchConfig {
+                grid_dim: grid,
+                block_dim: (256, 1, 1),
+                shared_mem_bytes: 0,
+            })
+        }
+        .map_err(Error::driver("launch of outer"))?;
+        Ok(Partial {
+            part,
+            splits,
+            cols: z.cols,
+        })
     }
 
     /// The gradients of A `[rank, in]` and B `[out, rank]` from their partial sums, written or added.
@@ -260,18 +395,32 @@ impl Launcher<'_> {
         let (a_shape, b_shape) = (shape(a, 0), shape(b, 1));
         let blocks = (rank * a.cols.max(b.cols)).div_ceil(256).min(1024) as u32;
         let mut launch = self.stream.launch_builder(&function);
-        launch.arg(&a.part).arg(a_grad).arg(&a_shape).arg(&b.part).arg(b_grad).arg(&b_shape);
+        launch
+            .arg(&a.part)
+            .arg(a_grad)
+            .arg(&a_shape)
+            .arg(&b.part)
+            .arg(b_grad)
+            .arg(&b_shape);
         // SAFETY: arguments in the order of reduce.cu; the partial sums have the sizes of their shapes
         // and the gradients were checked to have rank * cols elements.
-        unsafe { launch.launch(LaunchConfig { grid_dim: (blocks, 2, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 }) }
-            .map_err(Error::driver("launch of reduce"))?;
+        unsafe {
+            launch.launch(LaunchConfig {
+                grid_dim: (blocks, 2, 1),
+                block_dim: (256, 1, 1),
+                shared_mem_bytes: 0,
+            })
+        }
+        .map_err(Error::driver("launch of reduce"))?;
         Ok(())
     }
 
     /// Whether whole 16-byte vectors can be loaded from `rows`.
     pub fn aligned<T: Element>(&self, rows: &Rows<T>) -> bool {
         let vector = T::DTYPE.vector();
-        self.address(&rows.data) % 16 == 0 && rows.stride % vector == 0 && rows.cols % vector == 0
+        self.address(&rows.data).is_multiple_of(16)
+            && rows.stride.is_multiple_of(vector)
+            && rows.cols.is_multiple_of(vector)
     }
 
     pub fn address<T>(&self, view: &CudaView<T>) -> u64 {
@@ -289,7 +438,11 @@ pub(crate) struct Partial {
 impl Partial {
     /// Sums that were not split.
     pub fn whole(part: CudaSlice<f32>, cols: usize) -> Self {
-        Self { part, splits: 1, cols }
+        Self {
+            part,
+            splits: 1,
+            cols,
+        }
     }
 }
 
@@ -331,9 +484,12 @@ fn rank_tile(padded: usize) -> usize {
 }
 
 fn grid_x(blocks: usize) -> Result<u32> {
-    u32::try_from(blocks).ok().filter(|&b| b <= i32::MAX as u32).ok_or_else(|| Error::Shape {
-        what: "blocks of a launch",
-        expected: "at most 2147483647".into(),
-        found: blocks.to_string(),
-    })
+    u32::try_from(blocks)
+        .ok()
+        .filter(|&b| b <= i32::MAX as u32)
+        .ok_or_else(|| Error::Shape {
+            what: "blocks of a launch",
+            expected: "at most 2147483647".into(),
+            found: blocks.to_string(),
+        })
 }

@@ -153,10 +153,9 @@ __device__ __forceinline__ u32 swizzled(u32 base, int row, int chunk) { return b
 // Draw i = 2 * block + h is for row g + 8h and columns 8t .. 8t + 7 of the 32-column block `block`.
 struct Keep {
   u32 bits[4] = {};
-  int drawn = 0;
-  __device__ __forceinline__ void draw(const Dropout& dropout, i64 row, int col, int cols, int lane) {
-    int g = lane >> 2, t = lane & 3;
-    Draws draws = philox(dropout, ((u64)(row + g + 8 * (drawn & 1)) * cols + col + (drawn >> 1) * 32 + t * 8) >> 3);
+  // `first` is the Philox block of the thread's draw 0; 8 rows on are `cols` blocks on.
+  __device__ __forceinline__ void draw(const Dropout& dropout, u64 first, int i, int cols) {
+    Draws draws = philox(dropout, first + (i >> 1) * 4 + (i & 1) * cols);
     u32 byte = 0, least = dropout.threshold << 16;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -168,7 +167,6 @@ struct Keep {
     bits[1] = __funnelshift_r(bits[1], bits[2], 8);
     bits[2] = __funnelshift_r(bits[2], bits[3], 8);
     bits[3] = bits[3] >> 8 | byte << 24;
-    ++drawn;
   }
 };
 constexpr int DRAWS = TILE_COLS / 32 * 2;
@@ -410,7 +408,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       int previous = 0;
 #if DROPOUT
       Keep keep;
-      i64 warp_row = tile.row + math * 64 + warp * 16;
+      u64 first_draw = (u64)((i64)(tile.row + math * 64 + warp * 16 + (lane >> 2)) * cols + tile.col + (lane & 3) * 8) >> 3;
 #endif
       for (int k = 0; k < full_blocks; ++k, ring.next()) {
         u32 at = stages + ring.stage * STAGE_BYTES;
@@ -423,7 +421,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
           wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, k > 0 || step > 0);
         wgmma_commit();
 #if DROPOUT
-        if (keep.drawn < DRAWS) keep.draw(dropout, warp_row, tile.col, cols, lane);
+        if (k < DRAWS) keep.draw(dropout, first_draw, k, cols);
 #endif
         wgmma_wait<1>();
         if (k > 0 && thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
@@ -434,7 +432,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
       {
         u32 at = stages + ring.stage * STAGE_BYTES;
-        while (keep.drawn < DRAWS) keep.draw(dropout, warp_row, tile.col, cols, lane);
+        for (int i = full_blocks; i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
         barrier_wait(full + 8 * ring.stage, ring.parity);
         add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, dropout.scale, lane);
         warpgroup_sync(math);

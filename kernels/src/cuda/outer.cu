@@ -117,7 +117,7 @@ struct Outer {
 constexpr int WARPS = 8;
 typedef Outer<WARPS, RT, (RT == 16 && !DROPOUT && ALIGNED && DTYPE != 0 ? 4 : 2), DROPOUT> Block;
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, ALIGNED && (RT <= 16 || !DROPOUT) ? 2 : 1) outer(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, ALIGNED && (RT <= 16 || (DTYPE != 0 && !DROPOUT)) ? 2 : 1) outer(
     const T* __restrict__ z,    // [rows, cols], row stride ldz
     const T* __restrict__ q,    // [rows, ldq]
     float* __restrict__ part,   // [splits, ranks, cols]

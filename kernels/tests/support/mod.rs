@@ -5,7 +5,9 @@ use std::thread;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use half::{bf16, f16};
-use lora_kernels::{Dropout, Element, F32Math, Gradients, InputGradient, Kernels, LoraLinear, Rows, first_device};
+use lora_kernels::{
+    Dropout, Element, F32Math, Gradients, InputGradient, Kernels, LoraLinear, Rows, first_device,
+};
 
 /// The first device, or a line that says why the test does nothing.
 pub fn device() -> Option<Arc<CudaContext>> {
@@ -68,7 +70,17 @@ pub struct Case {
 
 impl Case {
     pub fn new(tokens: usize, in_features: usize, out_features: usize, rank: usize) -> Self {
-        Self { tokens, in_features, out_features, rank, bias: false, offset: 0, gap: 0, dropout: None, post: false }
+        Self {
+            tokens,
+            in_features,
+            out_features,
+            rank,
+            bias: false,
+            offset: 0,
+            gap: 0,
+            dropout: None,
+            post: false,
+        }
     }
 }
 
@@ -110,7 +122,15 @@ const SCALING: f32 = 1.7;
 
 impl<T: Real, P: Real> Inputs<T, P> {
     pub fn new(case: &Case) -> Self {
-        let Case { tokens, in_features, out_features, rank, offset, gap, .. } = *case;
+        let Case {
+            tokens,
+            in_features,
+            out_features,
+            rank,
+            offset,
+            gap,
+            ..
+        } = *case;
         let fan = |n: usize| (3.0 / n as f32).sqrt();
         Self {
             xs: random(offset + tokens * (in_features + gap), 1, 1.0),
@@ -125,8 +145,16 @@ impl<T: Real, P: Real> Inputs<T, P> {
     /// Forward and backward on the device, memory poisoned before.
     pub fn on_device(&self, kernels: &Kernels, stream: &Arc<CudaStream>, case: &Case) -> Results {
         let put = |v: &Vec<T>| stream.clone_htod(v).unwrap();
-        let (xs, dys, weight, bias) = (put(&self.xs), put(&self.dys), put(&self.weight), put(&self.bias));
-        let (a, b) = (stream.clone_htod(&self.a).unwrap(), stream.clone_htod(&self.b).unwrap());
+        let (xs, dys, weight, bias) = (
+            put(&self.xs),
+            put(&self.dys),
+            put(&self.weight),
+            put(&self.bias),
+        );
+        let (a, b) = (
+            stream.clone_htod(&self.a).unwrap(),
+            stream.clone_htod(&self.b).unwrap(),
+        );
         let linear = LoraLinear {
             weight: weight.as_view(),
             bias: case.bias.then(|| bias.as_view()),
@@ -139,14 +167,31 @@ impl<T: Real, P: Real> Inputs<T, P> {
             dropout: case.dropout,
             math: F32Math::Exact,
         };
-        let rows = |data, cols| Rows { data, rows: case.tokens, cols, stride: cols + case.gap };
+        let rows = |data, cols| Rows {
+            data,
+            rows: case.tokens,
+            cols,
+            stride: cols + case.gap,
+        };
         let xs = rows(xs.slice(case.offset..), case.in_features);
         let dys = rows(dys.slice(case.offset..), case.out_features);
         poison(stream, case);
         let forward = kernels.forward(stream, &xs, &linear).unwrap();
         poison(stream, case);
-        let Gradients { xs: dxs, a: da, b: db } =
-            kernels.backward(stream, &xs, &dys, &forward.saved, &linear, InputGradient::Wanted).unwrap();
+        let Gradients {
+            xs: dxs,
+            a: da,
+            b: db,
+        } = kernels
+            .backward(
+                stream,
+                &xs,
+                &dys,
+                &forward.saved,
+                &linear,
+                InputGradient::Wanted,
+            )
+            .unwrap();
         Results {
             ys: read(stream, &forward.ys),
             dxs: read(stream, &dxs.unwrap()),
@@ -157,12 +202,26 @@ impl<T: Real, P: Real> Inputs<T, P> {
 
     /// The same in f64; `ys` and `dxs` only for every `stride`-th row.
     pub fn reference(&self, case: &Case, stride: usize) -> Results {
-        let Case { tokens: m, in_features: k, out_features: n, rank: r, offset, gap, .. } = *case;
+        let Case {
+            tokens: m,
+            in_features: k,
+            out_features: n,
+            rank: r,
+            offset,
+            gap,
+            ..
+        } = *case;
         let wide = |v: &[T]| v.iter().map(|v| v.to()).collect::<Vec<f64>>();
         let unstrided = |v: &[T], cols: usize| -> Vec<f64> {
-            (0..m).flat_map(|i| wide(&v[offset + i * (cols + gap)..][..cols])).collect()
+            (0..m)
+                .flat_map(|i| wide(&v[offset + i * (cols + gap)..][..cols]))
+                .collect()
         };
-        let (xs, dys, w) = (unstrided(&self.xs, k), unstrided(&self.dys, n), wide(&self.weight));
+        let (xs, dys, w) = (
+            unstrided(&self.xs, k),
+            unstrided(&self.dys, n),
+            wide(&self.weight),
+        );
         let a: Vec<f64> = self.a.iter().map(|v| v.to()).collect();
         let b: Vec<f64> = self.b.iter().map(|v| v.to()).collect();
         let s = f64::from(SCALING);
@@ -170,7 +229,12 @@ impl<T: Real, P: Real> Inputs<T, P> {
             Some(d) if case.post == post => f64::from(d.factor(i as u64)),
             _ => 1.0,
         };
-        let masked = |v: &[f64], post| v.iter().enumerate().map(|(i, v)| v * factor(post, i)).collect::<Vec<_>>();
+        let masked = |v: &[f64], post| {
+            v.iter()
+                .enumerate()
+                .map(|(i, v)| v * factor(post, i))
+                .collect::<Vec<_>>()
+        };
         let (dropped_xs, dropped_dys) = (masked(&xs, false), masked(&dys, true));
 
         let h = product(m, r, k, |i, j, l| dropped_xs[i * k + l] * a[j * k + l]); // [m, r]
@@ -178,8 +242,12 @@ impl<T: Real, P: Real> Inputs<T, P> {
         let da = product(r, k, m, |j, l, i| dh[i * r + j] * dropped_xs[i * k + l]);
         let db = product(n, r, m, |l, j, i| s * dropped_dys[i * n + l] * h[i * r + j]);
         let sampled: Vec<usize> = (0..m).step_by(stride).collect();
-        let base = product(sampled.len(), n, k, |i, j, l| xs[sampled[i] * k + l] * w[j * k + l]);
-        let low = product(sampled.len(), n, r, |i, j, l| s * h[sampled[i] * r + l] * b[j * r + l]);
+        let base = product(sampled.len(), n, k, |i, j, l| {
+            xs[sampled[i] * k + l] * w[j * k + l]
+        });
+        let low = product(sampled.len(), n, r, |i, j, l| {
+            s * h[sampled[i] * r + l] * b[j * r + l]
+        });
         let ys = (0..base.len())
             .map(|at| {
                 let (row, col) = (sampled[at / n], at % n);
@@ -187,15 +255,26 @@ impl<T: Real, P: Real> Inputs<T, P> {
                 base[at] + bias + low[at] * factor(true, row * n + col)
             })
             .collect();
-        let base = product(sampled.len(), k, n, |i, l, j| dys[sampled[i] * n + j] * w[j * k + l]);
-        let low = product(sampled.len(), k, r, |i, l, j| dh[sampled[i] * r + j] * a[j * k + l]);
-        let dxs = (0..base.len()).map(|at| base[at] + low[at] * factor(false, sampled[at / k] * k + at % k)).collect();
+        let base = product(sampled.len(), k, n, |i, l, j| {
+            dys[sampled[i] * n + j] * w[j * k + l]
+        });
+        let low = product(sampled.len(), k, r, |i, l, j| {
+            dh[sampled[i] * r + j] * a[j * k + l]
+        });
+        let dxs = (0..base.len())
+            .map(|at| base[at] + low[at] * factor(false, sampled[at / k] * k + at % k))
+            .collect();
         Results { ys, dxs, da, db }
     }
 }
 
 /// `out[i, j] = sum over l of term(i, j, l)`, rows over all cores.
-fn product(rows: usize, cols: usize, inner: usize, term: impl Fn(usize, usize, usize) -> f64 + Sync) -> Vec<f64> {
+fn product(
+    rows: usize,
+    cols: usize,
+    inner: usize,
+    term: impl Fn(usize, usize, usize) -> f64 + Sync,
+) -> Vec<f64> {
     let mut out = vec![0.0; rows * cols];
     if out.is_empty() {
         return out;
@@ -218,10 +297,18 @@ fn product(rows: usize, cols: usize, inner: usize, term: impl Fn(usize, usize, u
 
 /// Fills memory that the next allocations are likely to get with NaN.
 fn poison(stream: &Arc<CudaStream>, case: &Case) {
-    let sizes = [case.out_features, case.in_features, case.rank.next_multiple_of(64)].map(|c| case.tokens * c * 4);
+    let sizes = [
+        case.out_features,
+        case.in_features,
+        case.rank.next_multiple_of(64),
+    ]
+    .map(|c| case.tokens * c * 4);
     let held: Vec<CudaSlice<u8>> = sizes
         .into_iter()
-        .chain([(case.in_features + case.out_features) * case.rank * 8, 1 << 20])
+        .chain([
+            (case.in_features + case.out_features) * case.rank * 8,
+            1 << 20,
+        ])
         .filter(|&bytes| bytes > 0)
         .map(|bytes| stream.clone_htod(&vec![0xff_u8; bytes]).unwrap())
         .collect();
@@ -229,18 +316,31 @@ fn poison(stream: &Arc<CudaStream>, case: &Case) {
 }
 
 fn read<T: Real>(stream: &Arc<CudaStream>, slice: &CudaSlice<T>) -> Vec<f64> {
-    if slice.len() == 0 {
+    if slice.is_empty() {
         return Vec::new();
     }
-    stream.clone_dtoh(slice).unwrap().into_iter().map(Real::to).collect()
+    stream
+        .clone_dtoh(slice)
+        .unwrap()
+        .into_iter()
+        .map(Real::to)
+        .collect()
 }
 
 /// ‖found − expected‖ / ‖expected‖
 pub fn relative_error(found: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len());
-    let difference: f64 = found.iter().zip(expected).map(|(f, e)| (f - e).powi(2)).sum();
+    let difference: f64 = found
+        .iter()
+        .zip(expected)
+        .map(|(f, e)| (f - e).powi(2))
+        .sum();
     let norm: f64 = expected.iter().map(|e| e * e).sum();
-    if norm == 0.0 { difference.sqrt() } else { (difference / norm).sqrt() }
+    if norm == 0.0 {
+        difference.sqrt()
+    } else {
+        (difference / norm).sqrt()
+    }
 }
 
 /// Runs `case` twice and compares with the reference.
@@ -254,13 +354,19 @@ pub fn check<T: Real, P: Real>(kernels: &Kernels, stream: &Arc<CudaStream>, case
         ("da", &found.da, &again.da),
         ("db", &found.db, &again.db),
     ] {
-        assert!(a.iter().all(|v| v.is_finite()), "{name} has elements that were not written: {case:?}");
+        assert!(
+            a.iter().all(|v| v.is_finite()),
+            "{name} has elements that were not written: {case:?}"
+        );
         assert!(a == b, "{name} differs between two runs: {case:?}");
     }
     let stride = (case.tokens / 8).max(1);
     let expected = inputs.reference(case, stride);
     let sample = |v: &[f64], cols: usize| -> Vec<f64> {
-        (0..case.tokens).step_by(stride).flat_map(|i| v[i * cols..(i + 1) * cols].to_vec()).collect()
+        (0..case.tokens)
+            .step_by(stride)
+            .flat_map(|i| v[i * cols..(i + 1) * cols].to_vec())
+            .collect()
     };
     for (name, found, expected) in [
         ("ys", sample(&found.ys, case.out_features), expected.ys),
@@ -269,6 +375,10 @@ pub fn check<T: Real, P: Real>(kernels: &Kernels, stream: &Arc<CudaStream>, case
         ("db", found.db, expected.db),
     ] {
         let error = relative_error(&found, &expected);
-        assert!(error <= T::TOLERANCE, "{name}: relative error {error:e} in {:?}: {case:?}", T::DTYPE);
+        assert!(
+            error <= T::TOLERANCE,
+            "{name}: relative error {error:e} in {:?}: {case:?}",
+            T::DTYPE
+        );
     }
 }
