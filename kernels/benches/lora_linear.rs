@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p lora-kernels`; needs a device, and says so where there is none. Arguments after `--`:
 //! `once M K N r p` runs one forward and backward (for a profiler), `quick` takes fewer repetitions,
-//! `general` takes the general path.
+//! `general` takes the general path, `8192x4096x4096` and the like choose shapes.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -110,7 +110,12 @@ fn main() -> Result<()> {
         "| tokens | in→out | r | p | frozen µs | LoRA µs | forward | backward | R | must | reached |"
     );
     println!("|--|--|--|--|--|--|--|--|--|--|--|");
+    let chosen: Vec<&String> = args.iter().filter(|a| a.contains('x')).collect();
     for s in SHAPES {
+        let name = format!("{}x{}x{}", s.tokens, s.in_features, s.out_features);
+        if !chosen.is_empty() && !chosen.iter().any(|&c| *c == name) {
+            continue;
+        }
         let layer = Layer::new(&stream, s)?;
         let m = layer.measure(&kernels, &stream, repetitions)?;
         let must = s.must.map_or(String::new(), |m| format!("{m:.2}"));
