@@ -1,1 +1,98 @@
-//! kernels
+//! CUDA kernels for a frozen linear with a LoRA adapter: forward and backward at nearly the cost of
+//! the frozen linear alone.
+//!
+//! # Formulas
+//! `x [tokens, in]`, `W [out, in]`, `A [rank, in]`, `B [out, rank]`, `s` the scaling, `D` dropout
+//! (the same mask and scale wherever it stands), gradients `dY = dL/dy` and so on:
+//! ```text
+//! S  = s · D(x) Aᵀ                     dS = s · dY B
+//! y  = x Wᵀ + b + S Bᵀ                 dx = dY W + D(dS A)
+//!                                      dA = dSᵀ D(x)        dB = dYᵀ S
+//! ```
+//! That is [`Place::Pre`]; with [`Place::Post`] dropout stands on `S Bᵀ` instead, so `dS` and `dB`
+//! read `D(dY)` and nothing else is masked. `W` and `b` get no gradient. Kept for backward: `x`
+//! (the caller has it) and `S`. Dropout is recomputed from a counter, see [`Dropout`].
+//!
+//! # Layouts
+//! All matrices are row-major with packed rows; `x` and `dY` may have a row stride larger than their
+//! width ([`Rows`]), so views into larger buffers need no copy. Any size from 0 tokens on, any rank
+//! from 1 on; offsets are 64 bits wide.
+//!
+//! # Dtypes
+//! | base `T` | adapters and their gradients `P` | products | sums | paths |
+//! |--|--|--|--|--|
+//! | `bf16` | `f32` (masters) or `bf16` | bf16 tensor cores | f32 | Hopper, general |
+//! | `f16` | `f32` (masters) or `f16` | f16 tensor cores | f32 | Hopper, general |
+//! | `f32` | `f32` | f32 (base) and three tf32 parts (adapter), or tf32 by [`F32Math`] | f32 | general |
+//!
+//! # Paths
+//! [`Kernels::forward_path`] and [`Kernels::backward_path`] tell which one a layer takes, and why not
+//! the faster one.
+//! - **Hopper** (compute capability 9.0): one persistent kernel (TMA and wgmma) makes the base product,
+//!   adds bias and the adapter's part in the f32 sums and rounds once. In backward, multiprocessors
+//!   that the tiles leave over make the gradients of the adapter meanwhile.
+//! - **General** (8.0 and newer): one-pass kernels write the adapter's part, and cuBLASLt adds the base
+//!   product to it.
+//!
+//! Both are deterministic: no float atomics, sums in a fixed order. cuBLASLt's algorithm is chosen by
+//! timing at the first use of a large shape, so another process may round differently on the general
+//! path.
+//!
+//! Kernels are compiled by NVRTC for the card found when they are first needed, and cached in
+//! `$LORA_KERNELS_CACHE` or the user's cache folder. Building this crate needs neither a GPU nor a
+//! CUDA toolkit; running it needs the driver, NVRTC and cuBLASLt.
+//!
+//! # Example
+//! ```
+//! use lora_kernels::{F32Math, InputGradient, Kernels, LoraLinear, Rows, first_device};
+//!
+//! let Some(context) = first_device() else { return Ok(()) }; // no GPU here
+//! let (kernels, stream) = (Kernels::shared(&context)?, context.default_stream());
+//! let (tokens, in_features, out_features, rank) = (3, 2, 2, 1);
+//! let xs = stream.clone_htod(&[1_f32, 0., 0., 1., 1., 1.])?;
+//! let weight = stream.clone_htod(&[1_f32, 2., 3., 4.])?;
+//! let (a, b) = (stream.clone_htod(&[1_f32, 1.])?, stream.clone_htod(&[1_f32, -1.])?);
+//! let linear = LoraLinear {
+//!     weight: weight.as_view(),
+//!     bias: None,
+//!     a: a.as_view(),
+//!     b: b.as_view(),
+//!     in_features,
+//!     out_features,
+//!     rank,
+//!     scaling: 0.5,
+//!     dropout: None,
+//!     math: F32Math::Exact,
+//! };
+//! let xs = Rows::packed(xs.as_view(), tokens, in_features);
+//! let forward = kernels.forward(&stream, &xs, &linear)?;
+//! assert_eq!(stream.clone_dtoh(&forward.ys)?, [1.5, 2.5, 2.5, 3.5, 4.0, 6.0]);
+//!
+//! let dys = stream.clone_htod(&[1_f32; 6])?;
+//! let dys = Rows::packed(dys.as_view(), tokens, out_features);
+//! let gradients = kernels.backward(&stream, &xs, &dys, &forward.saved, &linear, InputGradient::Wanted)?;
+//! assert_eq!(stream.clone_dtoh(&gradients.b)?, [2.0, 2.0]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod check;
+mod cubin;
+mod dropout;
+mod element;
+mod error;
+mod gemm;
+mod hopper;
+mod kernels;
+mod linear;
+mod path;
+mod skinny;
+
+pub use check::compile_all;
+pub use dropout::{Dropout, Place};
+pub use element::{DType, Element};
+pub use error::{Error, Result};
+pub use gemm::F32Math;
+pub use kernels::{Kernels, first_device};
+pub use linear::{Forward, Gradients, InputGradient, LoraLinear, Saved};
+pub use path::{Path, Preference, Reason};
+pub use skinny::Rows;

@@ -1,0 +1,498 @@
+// Hopper: out = input · op(W) + bias + D(q · p), one rounding.
+//
+// forward  (BACKWARD 0): op(W) = Wᵀ, W [cols, depth];  p = Bᵀ from B [cols, rank]
+// backward (BACKWARD 1): op(W) = W,  W [depth, cols];  p = A [rank, cols]
+//
+// A cluster of two blocks makes 256 x 256 of the output, a block 128 x 256; the blocks share the
+// tiles of W by multicast. One warp loads through the tensor memory accelerator into STAGES
+// buffers; two warpgroups of 64 rows each multiply from there (wgmma) with the sums in registers.
+// The rank comes last: without dropout as further depth, with dropout by mma.sync into fresh
+// registers that are masked before they are added; the mask is drawn while wgmma runs. Blocks stay for several tiles, and the loads of
+// the next tile run during the stores of the last. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at
+// most 64), RANK_STEPS = the rank's last 1 to 4 steps of 16.
+//
+// SIDE 1 (backward): tiles rarely divide by the card, so the first `side.blocks` blocks make no tiles
+// but gradients of the adapter, fed by the copy engine from memory that has time to spare.
+constexpr int TILE_ROWS = 128, TILE_COLS = 256, TILE_DEPTH = 64;
+constexpr int STAGES = 4;
+constexpr int CLUSTER = 2;
+constexpr int GROUP = 8;  // cluster rows that are walked together, so that W is reused in L2
+constexpr int INPUT_BYTES = TILE_ROWS * TILE_DEPTH * 2, WEIGHT_BYTES = TILE_COLS * TILE_DEPTH * 2;
+constexpr int STAGE_BYTES = INPUT_BYTES + WEIGHT_BYTES;
+constexpr int STORE_BYTES = 64 * 64 * 2;  // a store box: 64 rows of 128 bytes
+constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
+
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+// ---- barriers, copies, clusters ------------------------------------------------------------
+// The barriers order the copy engine and wgmma (async proxy), which needs no fence of wider scope;
+// `.release.cluster` would put a memory barrier of the whole card into every step.
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return (u32)__cvta_generic_to_shared(p);
+}
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(row), "r"(bar)
+      : "memory");
+}
+__device__ __forceinline__ void load_box_for_cluster(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(row), "r"(bar), "h"((unsigned short)((1 << CLUSTER) - 1))
+      : "memory");
+}
+__device__ __forceinline__ void store_box(const TensorMap& map, int col, int row, u32 src) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(col), "r"(row), "r"(src)
+               : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void warpgroup_sync(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+}
+
+// ---- wgmma ---------------------------------------------------------------------------------
+// Operands stand in 128-byte rows, swizzled: 8 rows are 1024 bytes. Along the depth (K-major) the
+// next 8 rows are 1024 bytes on; across it (MN-major) so are the next 8 of depth, and the next 64
+// columns WEIGHT_COLS_BYTES.
+constexpr u32 WEIGHT_COLS_BYTES = TILE_DEPTH * 128;
+__device__ __forceinline__ u64 descriptor(u32 address, u32 leading_bytes) {
+  return (u64)((address & 0x3ffff) >> 4) | (u64)(leading_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+constexpr u32 INPUT_STEP = 32 >> 4;                          // 16 of depth, in descriptor units
+constexpr u32 WEIGHT_STEP = BACKWARD ? 2048 >> 4 : 32 >> 4;  // 16 rows, or 32 bytes of a row
+
+#define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define F16(d, i) F4(d, i), F4(d, i + 4), F4(d, i + 8), F4(d, i + 12)
+#define F64(d, i) F16(d, i), F16(d, i + 16), F16(d, i + 32), F16(d, i + 48)
+#if BACKWARD
+#define TRANSPOSE_WEIGHT "1"
+#else
+#define TRANSPOSE_WEIGHT "0"
+#endif
+__device__ __forceinline__ void wgmma(float (&d)[128], u64 input, u64 weight, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." HALF_NAME "." HALF_NAME " {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127},"
+      " %128, %129, p, 1, 1, 0, " TRANSPOSE_WEIGHT ";\n}"
+      : F64(d, 0), F64(d, 64)
+      : "l"(input), "l"(weight), "r"(accumulate));
+}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// ---- tiles ---------------------------------------------------------------------------------
+struct Tile {
+  int row, col;  // of this block's part
+};
+
+// Groups of GROUP cluster rows; within a group down the rows, then on to the next columns.
+__device__ __forceinline__ Tile tile_at(int index, int cluster_rows, int cluster_cols, int block) {
+  int group = index / (GROUP * cluster_cols), first = group * GROUP;
+  int height = min(GROUP, cluster_rows - first), within = index - first * cluster_cols;
+  return {((first + within % height) * CLUSTER + block) * TILE_ROWS, within / height * TILE_COLS};
+}
+
+// A place in the ring of stages.
+struct Ring {
+  int stage = 0;
+  u32 parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+#if DROPOUT
+__device__ __forceinline__ void ldmatrix(u32 (&r)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+__device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+// Address of 16-byte chunk `chunk` of a 128-byte row under the swizzle.
+__device__ __forceinline__ u32 swizzled(u32 base, int row, int chunk) { return base + row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// Which of a thread's 128 elements are kept, drawn one block of 8 at a time during the products.
+// Draw i = 2 * block + h is for row g + 8h and columns 8t .. 8t + 7 of the 32-column block `block`.
+struct Keep {
+  u32 bits[4] = {};
+  // `first` is the Philox block of the thread's draw 0; 8 rows on are `cols` blocks on.
+  __device__ __forceinline__ void draw(const Dropout& dropout, u64 first, int i, int cols) {
+    Draws draws = philox(dropout, first + (i >> 1) * 4 + (i & 1) * cols);
+    u32 byte = 0, least = dropout.threshold << 16;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      if (draws.w[w] << 16 >= least) byte |= 1 << (2 * w);
+      if (draws.w[w] >= least) byte |= 2 << (2 * w);
+    }
+    // A shift register of 16 bytes: after the last draw, draw 0 is the lowest byte.
+    bits[0] = __funnelshift_r(bits[0], bits[1], 8);
+    bits[1] = __funnelshift_r(bits[1], bits[2], 8);
+    bits[2] = __funnelshift_r(bits[2], bits[3], 8);
+    bits[3] = bits[3] >> 8 | byte << 24;
+  }
+};
+constexpr int DRAWS = TILE_COLS / 32 * 2;
+
+// d += D(q p) for the 16 rows of a warp; q and p stand in a stage.
+__device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, const Keep& keep, float scale, int lane) {
+  int t = lane & 3;
+#pragma unroll
+  for (int block = 0; block < TILE_COLS / 32; ++block) {  // 32 columns: 4 tiles of 8
+    float low[4][4] = {};
+#pragma unroll 1
+    for (int k = 0; k < RANK_STEPS; ++k) {
+      u32 a[4];
+      ldmatrix(a, swizzled(q, lane & 15, 2 * k + (lane >> 4)));
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        u32 b[4];
+        int n = block * 32 + pair * 16;
+#if BACKWARD
+        // rows are ranks: lanes 0-15 address 16 ranks of columns n .. n+7, lanes 16-31 of n+8 .. n+15
+        int chunk = (n & 63) / 8 + (lane >> 4);
+        ldmatrix_transposed(b, swizzled(p + (n >> 6) * WEIGHT_COLS_BYTES, k * 16 + (lane & 15), chunk));
+#else
+        // rows are columns of the output: lanes 0-7 address 8 ranks of n .. n+7, 8-15 the next 8, 16-31 of n+8 ..
+        ldmatrix(b, swizzled(p, n + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+#endif
+        mma(low[2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
+        mma(low[2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      }
+    }
+    // Thread n of the quad drew for tile n; bits 2t and 2t + 1 of its byte are for this thread.
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      u32 word = __shfl_sync(0xffffffffu, keep.bits[block >> 1], n, 4) >> (16 * (block & 1) + 2 * t);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float v = low[n][c] * scale;
+        if (word >> (8 * (c >> 1) + (c & 1)) & 1) d[(block * 4 + n) * 4 + c] += v;
+      }
+    }
+  }
+}
+#endif
+
+// Work beside the product: part[rank, cols] = qᵀ · z for up to two z [rows, cols].
+struct Side {
+  const T *q0, *q1;      // [rows, rank]
+  float *part0, *part1;  // [rank, cols]
+  int cols0, cols1;      // 0: no second product
+  i64 blocks;
+};
+
+#if SIDE
+constexpr int SIDE_WARPS = 8, SIDE_STAGES = STAGES * STAGE_BYTES / INPUT_BYTES, SIDE_AHEAD = 4 / RANK_STEPS;
+constexpr int SIDE_TILES = RANK_STEPS, SIDE_PITCH = 66;  // 64 columns and two words against bank conflicts
+
+// Warps 0 to 7 take 16 of the 128 rows of a box each, warp 8 loads; columns go by blocks of 64.
+__device__ __forceinline__ void side_work(const TensorMap& z0, const TensorMap& z1, const Side& side, int rows, u32 stages, float* sums, u32 full, u32 empty) {
+  int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
+  int boxes = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  int units0 = (side.cols0 + 63) / 64, units = units0 + (side.cols1 + 63) / 64;
+  constexpr int rank = 16 * SIDE_TILES;
+  int stage = 0;
+  u32 parity = 0;
+  auto advance = [&] {
+    if (++stage == SIDE_STAGES) stage = 0, parity ^= 1;
+  };
+  if (warp == SIDE_WARPS && lane == 0) {
+    for (int unit = blockIdx.x; unit < units; unit += (int)side.blocks)
+      for (int box = 0; box < boxes; ++box, advance()) {
+        u32 bar = full + 8 * stage;
+        barrier_wait(empty + 8 * stage, parity ^ 1);
+        barrier_expect(bar, INPUT_BYTES);
+        int col = (unit < units0 ? unit : unit - units0) * 64;
+        load_box(stages + stage * INPUT_BYTES, unit < units0 ? z0 : z1, col, box * TILE_ROWS, bar);
+      }
+  } else if (warp < SIDE_WARPS) {
+    for (int unit = blockIdx.x; unit < units; unit += (int)side.blocks) {
+      bool second = unit >= units0;
+      int col0 = (second ? unit - units0 : unit) * 64, cols = second ? side.cols1 : side.cols0;
+      float* part = second ? side.part1 : side.part0;
+      const T* q = (second ? side.q1 : side.q0) + (i64)(warp * 16 + 4 * t) * rank + 2 * g;
+      // Ranks 2g and 2g + 1 of the thread's four rows of a box, SIDE_AHEAD boxes ahead.
+      u32 ahead[SIDE_AHEAD][SIDE_TILES][4];
+      auto fetch = [&](int box) {
+#pragma unroll
+        for (int i = 0; i < SIDE_AHEAD; ++i)
+#pragma unroll
+          for (int j = 0; j < SIDE_TILES; ++j)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+              i64 row = (i64)(box + i) * TILE_ROWS;
+              bool live = row + warp * 16 + 4 * t + r < rows;
+              ahead[i][j][r] = live ? *reinterpret_cast<const u32*>(q + (row + r) * rank + j * 16) : 0;
+            }
+      };
+      float acc[SIDE_TILES][8][4] = {};
+      fetch(0);
+      for (int box = 0; box < boxes; box += SIDE_AHEAD) {
+        u32 now[SIDE_AHEAD][SIDE_TILES][4];
+#pragma unroll
+        for (int i = 0; i < SIDE_AHEAD * SIDE_TILES * 4; ++i)
+          now[i / (SIDE_TILES * 4)][i / 4 % SIDE_TILES][i % 4] = ahead[i / (SIDE_TILES * 4)][i / 4 % SIDE_TILES][i % 4];
+        fetch(box + SIDE_AHEAD);
+#pragma unroll
+        for (int i = 0; i < SIDE_AHEAD; ++i) {
+          if (box + i >= boxes) break;
+          barrier_wait(full + 8 * stage, parity);
+          Vec z[4];
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            int row = warp * 16 + 4 * t + r;
+            u32 at = stages + stage * INPUT_BYTES + row * 128 + ((g ^ (row & 7)) << 4);
+            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(z[r].w[0]), "=r"(z[r].w[1]), "=r"(z[r].w[2]), "=r"(z[r].w[3]) : "r"(at));
+          }
+#pragma unroll
+          for (int j = 0; j < SIDE_TILES; ++j) {
+            const u32(&k)[4] = now[i][j];
+            u32 a0 = __byte_perm(k[0], k[1], 0x5410), a1 = __byte_perm(k[0], k[1], 0x7632);
+            u32 a2 = __byte_perm(k[2], k[3], 0x5410), a3 = __byte_perm(k[2], k[3], 0x7632);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+              u32 pick = e & 1 ? 0x7632 : 0x5410;
+              mma(acc[j][e], a0, a1, a2, a3, __byte_perm(z[0].w[e >> 1], z[1].w[e >> 1], pick), __byte_perm(z[2].w[e >> 1], z[3].w[e >> 1], pick));
+            }
+          }
+          __syncwarp();
+          if (lane == 0) barrier_arrive(empty + 8 * stage);
+          advance();
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < SIDE_TILES; ++j) {
+        asm volatile("bar.sync 1, 256;" ::: "memory");
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            sums[(warp * 16 + 2 * g + (c >> 1)) * SIDE_PITCH + (2 * t + (c & 1)) * 8 + e] = acc[j][e][c];
+        asm volatile("bar.sync 1, 256;" ::: "memory");
+        for (int at = threadIdx.x; at < 16 * 64; at += SIDE_WARPS * 32) {
+          float sum = 0.f;
+#pragma unroll
+          for (int w = 0; w < SIDE_WARPS; ++w) sum += sums[(w * 16 + at / 64) * SIDE_PITCH + at % 64];
+          if (col0 + at % 64 < cols) part[(i64)(j * 16 + at / 64) * cols + col0 + at % 64] = sum;
+        }
+      }
+    }
+  }
+}
+#endif
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1) gemm(
+    const __grid_constant__ TensorMap input_map,   // [rows, depth], box 64 x 128
+    const __grid_constant__ TensorMap weight_map,  // box 64 x 128, or 64 x 64 backward
+    const __grid_constant__ TensorMap q_map,       // [rows, rank], box 64 x 128
+    const __grid_constant__ TensorMap p_map,       // as weight_map
+    const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 64
+    const __grid_constant__ TensorMap side_map,    // [rows, cols] of the second side product, box 64 x 128
+    const T* __restrict__ bias,                    // [cols] or null
+    int rows, int cols, int depth, int rank, Dropout dropout, Side side) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  __shared__ __align__(8) u64 barriers[2 * STAGES];
+  u32 stages = shared_address(shared), stores = stages + STAGES * STAGE_BYTES;
+  u32 full = shared_address(barriers), empty = full + STAGES * 8;
+
+#if SIDE
+  if (blockIdx.x < side.blocks) {
+    __shared__ __align__(8) u64 side_barriers[2 * SIDE_STAGES];
+    u32 full = shared_address(side_barriers), empty = full + SIDE_STAGES * 8;
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < SIDE_STAGES; ++s) {
+        barrier_init(full + 8 * s, 1);
+        barrier_init(empty + 8 * s, SIDE_WARPS);
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    float* sums = reinterpret_cast<float*>(shared + STAGES * STAGE_BYTES);
+    side_work(input_map, side_map, side, rows, shared_address(shared), sums, full, empty);
+    return;
+  }
+#endif
+
+  u32 block;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
+  int side_blocks = (int)side.blocks;
+  int cluster = (blockIdx.x - side_blocks) / CLUSTER, clusters = (gridDim.x - side_blocks) / CLUSTER;
+  int cluster_rows = (rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS), cluster_cols = (cols + TILE_COLS - 1) / TILE_COLS;
+  int tiles = cluster_rows * cluster_cols;
+  int depth_blocks = (depth + TILE_DEPTH - 1) / TILE_DEPTH, rank_blocks = (rank + TILE_DEPTH - 1) / TILE_DEPTH;
+  // The last block of the rank is the remainder; those before it are further depth.
+  int full_blocks = depth_blocks + rank_blocks - 1;
+  int warpgroup = threadIdx.x / 128;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; ++s) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, 2 * CLUSTER);  // both math warpgroups of both blocks
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  cluster_sync();
+
+  if (warpgroup == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
+    if (threadIdx.x == 0) {
+      Ring ring;
+      for (int index = cluster; index < tiles; index += clusters) {
+        Tile tile = tile_at(index, cluster_rows, cluster_cols, block);
+        for (int k = 0; k < depth_blocks + rank_blocks; ++k, ring.next()) {
+          bool low = k >= depth_blocks;
+          const TensorMap& left = low ? q_map : input_map;
+          const TensorMap& right = low ? p_map : weight_map;
+          int at = (low ? k - depth_blocks : k) * TILE_DEPTH;
+          u32 bar = full + 8 * ring.stage, dst = stages + ring.stage * STAGE_BYTES;
+          barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+          barrier_expect(bar, STAGE_BYTES);
+          load_box(dst, left, at, tile.row, bar);
+          // Each block fetches half of the tile of W for both.
+          dst += INPUT_BYTES + block * (WEIGHT_BYTES / CLUSTER);
+#if BACKWARD
+          load_box_for_cluster(dst, right, tile.col + block * 128, at, bar);
+          load_box_for_cluster(dst + WEIGHT_COLS_BYTES, right, tile.col + block * 128 + 64, at, bar);
+#else
+          load_box_for_cluster(dst, right, at, tile.col + block * 128, bar);
+#endif
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
+    int math = warpgroup - 1, thread = threadIdx.x % 128, lane = thread & 31, warp = thread / 32;
+    u32 store = stores + math * 2 * STORE_BYTES;
+    Ring ring;
+    for (int index = cluster; index < tiles; index += clusters) {
+      Tile tile = tile_at(index, cluster_rows, cluster_cols, block);
+      float d[128];
+      int previous = 0;
+#if DROPOUT
+      Keep keep;
+      u64 first_draw = (u64)((i64)(tile.row + math * 64 + warp * 16 + (lane >> 2)) * cols + tile.col + (lane & 3) * 8) >> 3;
+#endif
+      for (int k = 0; k < full_blocks; ++k, ring.next()) {
+        u32 at = stages + ring.stage * STAGE_BYTES;
+        u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
+        u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < TILE_DEPTH / 16; ++step)
+          wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, k > 0 || step > 0);
+        wgmma_commit();
+#if DROPOUT
+        if (k < DRAWS) keep.draw(dropout, first_draw, k, cols);
+#endif
+        wgmma_wait<1>();
+        if (k > 0 && thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
+        previous = ring.stage;
+      }
+#if DROPOUT
+      wgmma_wait<0>();
+      if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
+      {
+        u32 at = stages + ring.stage * STAGE_BYTES;
+        for (int i = full_blocks; i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, dropout.scale, lane);
+        warpgroup_sync(math);
+        if (thread < CLUSTER) barrier_arrive_at(empty + 8 * ring.stage, thread);
+        ring.next();
+      }
+#else
+      {
+        u32 at = stages + ring.stage * STAGE_BYTES;
+        u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
+        u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < RANK_STEPS; ++step) wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, 1);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
+        previous = ring.stage;
+        ring.next();
+      }
+      wgmma_wait<0>();
+      if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
+#endif
+
+      // Out in two halves of 128 columns, each two boxes of 64 rows x 64 columns, swizzled.
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        warpgroup_sync(math);
+#pragma unroll
+        for (int pair = 0; pair < 8; ++pair) {  // 16 columns
+          int tile8 = half * 16 + pair * 2;
+          float* v = &d[tile8 * 4];
+          if (bias) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+              int col = tile.col + (tile8 + n) * 8 + 2 * (lane & 3);
+              u32 two = col < cols ? *reinterpret_cast<const u32*>(bias + col) : 0;
+              float lo = to_float((T)(two & 0xffff)), hi = to_float((T)(two >> 16));
+              v[n * 4] += lo, v[n * 4 + 1] += hi, v[n * 4 + 2] += lo, v[n * 4 + 3] += hi;
+            }
+          }
+          int row = warp * 16 + (lane & 15), chunk = (pair * 2 & 7) + (lane >> 4);
+          u32 to = store + (pair >> 2) * STORE_BYTES + row * 128 + ((chunk ^ (row & 7)) << 4);
+          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(pack_halves(v[0], v[1])),
+                       "r"(pack_halves(v[2], v[3])), "r"(pack_halves(v[4], v[5])), "r"(pack_halves(v[6], v[7]))
+                       : "memory");
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        warpgroup_sync(math);
+        if (thread == 0) {
+          store_box(out_map, tile.col + half * 128, tile.row + math * 64, store);
+          store_box(out_map, tile.col + half * 128 + 64, tile.row + math * 64, store + STORE_BYTES);
+          asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        }
+      }
+    }
+    if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+  // A block must not leave while its partner still signals it or loads for it.
+  cluster_sync();
+}

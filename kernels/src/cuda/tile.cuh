@@ -1,0 +1,228 @@
+// Shared by every kernel: element types, 16-byte loads, the tensor core step, dropout.
+//
+// Options: DTYPE 0 = f32, 1 = bf16, 2 = f16; ALIGNED 1 = rows of the wide operand start on 16
+// bytes and hold whole vectors; DROPOUT 1 = the kernel masks by counter (0: compiled out).
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#if DTYPE == 0
+typedef float T;
+constexpr int VEC = 4;    // elements in 16 bytes
+constexpr int KSTEP = 8;  // contraction length of one tensor core step
+#else
+typedef unsigned short T;
+constexpr int VEC = 8;
+constexpr int KSTEP = 16;
+#endif
+constexpr int HALF_VEC = VEC / 2;
+
+struct alignas(16) Vec {
+  u32 w[4];  // 4 x f32 or 8 x half; element 0 in the low bits
+};
+struct alignas(8) HalfVec {
+  u32 w[2];
+};
+
+// ---- conversions ---------------------------------------------------------------------------
+__device__ __forceinline__ float to_float(T v) {
+#if DTYPE == 0
+  return v;
+#elif DTYPE == 1
+  return __uint_as_float((u32)v << 16);
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+  return f;
+#endif
+}
+
+__device__ __forceinline__ T from_float(float f) {
+#if DTYPE == 0
+  return f;
+#elif DTYPE == 1
+  T v;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(f));
+  return v;
+#else
+  T v;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
+  return v;
+#endif
+}
+
+#if DTYPE != 0
+// Two floats to one word, `lo` in the low half.
+__device__ __forceinline__ u32 pack_halves(float lo, float hi) {
+  u32 w;
+#if DTYPE == 1
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
+#endif
+  return w;
+}
+#endif
+
+__device__ __forceinline__ u32 bits_of(T v) {
+#if DTYPE == 0
+  return __float_as_uint(v);
+#else
+  return v;
+#endif
+}
+
+// ---- loads ---------------------------------------------------------------------------------
+// VEC elements of one row from column `col`; zero outside `cols` and for rows that are not `live`.
+__device__ __forceinline__ Vec load_row(const T* row, int col, int cols, bool live) {
+  Vec v = {{0, 0, 0, 0}};
+#if ALIGNED
+  if (live && col < cols) v = *reinterpret_cast<const Vec*>(row + col);
+#else
+  if (live) {
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) {
+      u32 bits = col + e < cols ? bits_of(row[col + e]) : 0;
+      v.w[e * 4 / VEC] |= DTYPE == 0 ? bits : bits << (16 * (e & 1));
+    }
+  }
+#endif
+  return v;
+}
+
+__device__ __forceinline__ Vec load_packed(const T* p) { return *reinterpret_cast<const Vec*>(p); }
+__device__ __forceinline__ HalfVec load_half_vec(const T* p) {
+  return *reinterpret_cast<const HalfVec*>(p);
+}
+
+// ---- tensor core step ----------------------------------------------------------------------
+// c[16 x 8] += a[16 x KSTEP] * b[KSTEP x 8], fragments of mma.m16n8. f32 operands are split in
+// two tf32 parts (three products); the tensor core truncates sums, so each step starts at zero
+// and is added to `c` with a rounded f32 add.
+#if DTYPE == 0
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ u32 tf32_of(float f) {
+  u32 w;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(w) : "f"(f));
+  return w;
+}
+__device__ __forceinline__ void split_tf32(u32 bits, u32& hi, u32& lo) {
+  float f = __uint_as_float(bits);
+  hi = tf32_of(f);
+  lo = tf32_of(f - __uint_as_float(hi));
+}
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  u32 ah[4], al[4], bh[2], bl[2];
+  split_tf32(a0, ah[0], al[0]);
+  split_tf32(a1, ah[1], al[1]);
+  split_tf32(a2, ah[2], al[2]);
+  split_tf32(a3, ah[3], al[3]);
+  split_tf32(b0, bh[0], bl[0]);
+  split_tf32(b1, bh[1], bl[1]);
+  float d[4] = {0.f, 0.f, 0.f, 0.f};
+  mma_tf32(d, al, bh);
+  mma_tf32(d, ah, bl);
+  mma_tf32(d, ah, bh);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += d[i];
+}
+#else
+#if DTYPE == 1
+#define HALF_NAME "bf16"
+#else
+#define HALF_NAME "f16"
+#endif
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." HALF_NAME "." HALF_NAME
+               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#endif
+
+// ---- dropout by counter --------------------------------------------------------------------
+// Philox-4x32 with 7 rounds (Salmon et al., SC'11). Element i = row * width + col takes draw i % 8,
+// a 16-bit number, of block i / 8; it is kept iff the draw is at least `threshold`.
+struct Dropout {
+  u64 step;
+  u32 seed;       // low word of the seed xor its high word
+  u32 site;
+  u32 threshold;  // round(p * 65536)
+  float scale;    // 65536 / (65536 - threshold)
+};
+
+struct Draws {
+  u32 w[4];
+};
+
+__device__ __forceinline__ Draws philox(const Dropout& d, u64 block) {
+  u32 c0 = (u32)block, c1 = (u32)(block >> 32), c2 = (u32)d.step, c3 = (u32)(d.step >> 32);
+  u32 k0 = d.seed, k1 = d.site;
+#pragma unroll
+  for (int round = 0; round < 7; ++round) {
+    u32 hi0 = __umulhi(0xD2511F53u, c0), lo0 = 0xD2511F53u * c0;
+    u32 hi1 = __umulhi(0xCD9E8D57u, c2), lo1 = 0xCD9E8D57u * c2;
+    c0 = hi1 ^ c1 ^ k0;
+    c1 = lo1;
+    c2 = hi0 ^ c3 ^ k1;
+    c3 = lo0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The draws of the VEC elements from `index` on, two in a word.
+__device__ __forceinline__ Draws draws_at(const Dropout& d, u64 index) {
+  Draws out = philox(d, index >> 3);
+#if ALIGNED
+#if DTYPE == 0
+  if (index & 4) {
+    out.w[0] = out.w[2];
+    out.w[1] = out.w[3];
+  }
+#endif
+#else
+  u32 shift = index & 7;
+  if (shift) {  // the vector straddles two blocks
+    Draws next = philox(d, (index >> 3) + 1);
+    u32 all[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) all[i] = out.w[i], all[i + 4] = next.w[i];
+#pragma unroll
+    for (int i = 0; i < 6; ++i) all[i] = shift & 4 ? all[i + 2] : all[i];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) all[i] = shift & 2 ? all[i + 1] : all[i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out.w[i] = shift & 1 ? __funnelshift_r(all[i], all[i + 1], 16) : all[i];
+  }
+#endif
+  return out;
+}
+
+__device__ __forceinline__ bool kept(const Dropout& d, const Draws& draws, int e) {
+  return (draws.w[e >> 1] >> (16 * (e & 1)) & 0xffff) >= d.threshold;
+}
+
+// Zeroes the dropped elements; survivors are scaled later, in f32.
+__device__ __forceinline__ void drop(const Dropout& d, u64 index, Vec& v) {
+  Draws draws = draws_at(d, index);
+  u32 least = d.threshold << 16;
+#pragma unroll
+  for (int e = 0; e < VEC; e += 2) {
+    u32 two = draws.w[e >> 1];
+#if DTYPE == 0
+    if (two << 16 < least) v.w[e] = 0;
+    if (two < least) v.w[e + 1] = 0;
+#else
+    if (two << 16 < least) v.w[e >> 1] &= 0xffff0000u;
+    if (two < least) v.w[e >> 1] &= 0x0000ffffu;
+#endif
+  }
+}

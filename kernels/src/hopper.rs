@@ -1,0 +1,327 @@
+//! Launcher of the Hopper kernel: base product, bias and adapter in one pass over the output.
+
+use std::ptr;
+
+use cudarc::driver::sys::{
+    CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion,
+    CUtensorMapSwizzle, cuTensorMapEncodeTiled,
+};
+use cudarc::driver::{
+    CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+};
+
+use crate::dropout::Mask;
+use crate::element::{DType, Element};
+use crate::error::{Error, Result};
+use crate::gemm::Product;
+use crate::kernels::{Instance, Kernel};
+use crate::path::{Path, Preference, Reason};
+use crate::skinny::{Launcher, Partial, Rows, padded_rank, padded_width};
+
+// As in gemm.cu.
+const CLUSTER: usize = 2;
+const TILE: usize = 256;
+const DEPTH: usize = 64;
+const STAGES: usize = 4;
+const SHARED_BYTES: usize = STAGES * (128 + 256) * DEPTH * 2 + 8 * 16 * 66 * 4;
+
+/// Multiplications of the tensor cores of the whole card while one block of side work reads a byte:
+/// about 770 TFLOP/s against 48 GB/s, measured beside full tiles on an H200.
+const FLOPS_PER_SIDE_BYTE: usize = 16_000;
+
+/// The matrices of one call: `out = input · op(weight) + bias + D(q · p)`.
+pub(crate) struct Fused<'a, T> {
+    pub product: Product,
+    pub input: &'a Rows<'a, T>,
+    /// `[w_rows, w_cols]`
+    pub weight: &'a CudaView<'a, T>,
+    pub w_rows: usize,
+    pub w_cols: usize,
+    pub bias: Option<&'a CudaView<'a, T>>,
+    /// `[rows, padded_rank]`
+    pub q: &'a CudaSlice<T>,
+    /// B as `[w_rows, rank]` forward, A as `[rank, w_cols]` backward; both padded.
+    pub p: &'a CudaSlice<T>,
+    pub rank: usize,
+    pub mask: Option<Mask>,
+    /// Backward: partial sums to make beside the product.
+    pub side: Option<SideWork<'a, T>>,
+}
+
+/// Partial sums of the adapter's gradients, for the blocks that the tiles leave over.
+pub(crate) struct SideWork<'a, T> {
+    /// `S` of the forward `[rows, padded_rank]`, for the gradient of B.
+    pub s: &'a CudaSlice<T>,
+    /// The input of the layer and `dS`, for the gradient of A; none if it has to be masked.
+    pub a: Option<(&'a Rows<'a, T>, &'a CudaSlice<T>)>,
+    /// How many blocks.
+    pub blocks: usize,
+}
+
+/// What [`Launcher::fused`] returns.
+pub(crate) struct FusedOutput<T> {
+    pub out: CudaSlice<T>,
+    pub a: Option<Partial>,
+    pub b: Option<Partial>,
+}
+
+impl Launcher<'_> {
+    /// The path for `op(weight)[w_rows, w_cols]` on `input`.
+    pub fn path<T: Element>(
+        &self,
+        product: Product,
+        input: &Rows<T>,
+        (weight, w_rows, w_cols): (&CudaView<T>, usize, usize),
+        rank: usize,
+        mask: Option<Mask>,
+    ) -> Path {
+        let reason = if self.kernels.preference() == Preference::General {
+            Reason::Preference
+        } else if self.kernels.arch() != "sm_90a" {
+            Reason::Architecture
+        } else if T::DTYPE == DType::F32 {
+            Reason::DType
+        } else if !self.aligned(input)
+            || !w_rows.is_multiple_of(8)
+            || !w_cols.is_multiple_of(8)
+            || !self.address(weight).is_multiple_of(16)
+        {
+            Reason::Alignment
+        } else if mask.is_some() && rank > DEPTH {
+            Reason::DropoutRank
+        } else if self.kernels.preference() == Preference::Fastest
+            && !self.fills(product, input.rows, w_rows, w_cols)
+        {
+            Reason::FewTiles
+        } else {
+            return Path::Hopper;
+        };
+        Path::General(reason)
+    }
+
+    /// Whether at least three quarters of the card work, waves rounded up.
+    fn fills(&self, product: Product, rows: usize, w_rows: usize, w_cols: usize) -> bool {
+        let cols = if product == Product::Forward {
+            w_rows
+        } else {
+            w_cols
+        };
+        let tiles = rows.div_ceil(TILE) * cols.div_ceil(TILE);
+        let clusters = self.kernels.multiprocessors() / CLUSTER;
+        let useful = rows * cols; // of the area that whole waves of tiles cover
+        4 * useful >= 3 * clusters * tiles.div_ceil(clusters) * TILE * TILE
+    }
+
+    /// What the blocks that the tiles of the gradient of the input leave over can make in the same
+    /// time: both gradients of the adapter, the one of B, or nothing.
+    pub fn side_work<'a, T: Element>(
+        &self,
+        (w_rows, w_cols): (usize, usize),
+        rank: usize,
+        s: &'a CudaSlice<T>,
+        (xs, ds): (&'a Rows<T>, &'a CudaSlice<T>),
+        masked: bool,
+    ) -> Option<SideWork<'a, T>> {
+        let tiles = xs.rows.div_ceil(TILE) * w_cols.div_ceil(TILE);
+        let clusters = self.kernels.multiprocessors() / CLUSTER;
+        if tiles < clusters || padded_rank(rank) > 32 {
+            return None;
+        }
+        let busy = tiles.div_ceil(tiles.div_ceil(clusters));
+        let blocks = CLUSTER * (clusters - busy);
+        let in_time = |width: usize| width * FLOPS_PER_SIDE_BYTE <= blocks * w_rows * w_cols;
+        let a = (!masked && self.aligned(xs) && in_time(w_rows + w_cols)).then_some((xs, ds));
+        (a.is_some() || in_time(w_rows)).then_some(SideWork { s, a, blocks })
+    }
+
+    /// One pass over the output. [`Self::path`] must have chosen [`Path::Hopper`].
+    pub fn fused<T: Element>(&self, call: Fused<T>) -> Result<FusedOutput<T>> {
+        let Fused {
+            product,
+            input,
+            weight,
+            w_rows,
+            w_cols,
+            bias,
+            q,
+            p,
+            rank,
+            mask,
+            side,
+        } = call;
+        let forward = product == Product::Forward;
+        let (depth, cols) = if forward {
+            (w_cols, w_rows)
+        } else {
+            (w_rows, w_cols)
+        };
+        let rank = padded_rank(rank);
+        let rows = input.rows;
+        let mut out = self.alloc("the output", rows * cols)?;
+        if rows == 0 {
+            return Ok(FusedOutput {
+                out,
+                a: None,
+                b: None,
+            });
+        }
+        let side_blocks = side.as_ref().map_or(0, |side| side.blocks);
+        let instance = Instance {
+            kernel: Kernel::Gemm,
+            defines: vec![
+                ("DTYPE", T::DTYPE.define()),
+                ("ALIGNED", 1),
+                ("BACKWARD", u32::from(!forward)),
+                ("DROPOUT", u32::from(mask.is_some())),
+                ("RANK_STEPS", ((rank - 1) % DEPTH / 16 + 1) as u32),
+                ("SIDE", u32::from(side_blocks > 0)),
+            ],
+        };
+        let function = self.kernels.function(instance, SHARED_BYTES)?;
+
+        let (input_at, _input) = input.data.device_ptr(self.stream);
+        let (weight_at, _weight) = weight.device_ptr(self.stream);
+        let (q_at, _q) = q.device_ptr(self.stream);
+        let (p_at, _p) = p.device_ptr(self.stream);
+        let box_rows = if forward { 128 } else { DEPTH };
+        let map = |at, rows, cols, stride, box_rows| {
+            TensorMap::new::<T>(at, (rows, cols, stride), box_rows)
+        };
+        let input_map = map(input_at, rows, depth, input.stride, 128)?;
+        let weight_map = map(weight_at, w_rows, w_cols, w_cols, box_rows)?;
+        let q_map = map(q_at, rows, rank, rank, 128)?;
+        let p_map = if forward {
+            map(p_at, cols, rank, rank, 128)?
+        } else {
+            map(p_at, rank, cols, padded_width(cols), DEPTH)?
+        };
+        let (out_at, out_guard) = out.device_ptr_mut(self.stream);
+        let out_map = map(out_at, rows, cols, cols, 64)?;
+
+        let tiles = rows.div_ceil(TILE) * cols.div_ceil(TILE);
+        let tile_blocks =
+            CLUSTER * tiles.min((self.kernels.multiprocessors() - side_blocks) / CLUSTER);
+        let blocks = tile_blocks + side_blocks;
+        let side_a = side.as_ref().and_then(|side| side.a);
+        let (b_cols, a_cols) = (
+            if side.is_some() { depth } else { 0 },
+            side_a.map_or(0, |(xs, _)| xs.cols),
+        );
+        let mut b_part = self.alloc::<f32>("partial gradients", rank * b_cols)?;
+        let mut a_part = self.alloc::<f32>("partial gradients", rank * a_cols)?;
+        let (b_at, b_guard) = b_part.device_ptr_mut(self.stream);
+        let (a_at, a_guard) = a_part.device_ptr_mut(self.stream);
+        let s_ptr = side.as_ref().map(|side| side.s.device_ptr(self.stream));
+        let ds_ptr =
+            side_a.map(|(xs, ds)| (xs.data.device_ptr(self.stream), ds.device_ptr(self.stream)));
+        let side_map = match (side_a, &ds_ptr) {
+            (Some((xs, _)), Some(((at, _), _))) => map(*at, rows, xs.cols, xs.stride, 128)?,
+            _ => input_map,
+        };
+        let side_job = Side {
+            q: [
+                s_ptr.as_ref().map_or(0, |p| p.0),
+                ds_ptr.as_ref().map_or(0, |(_, p)| p.0),
+            ],
+            part: [b_at, a_at],
+            cols: [b_cols as i32, a_cols as i32],
+            blocks: side_blocks as i64,
+        };
+        let (rows, cols, depth, rank) = (rows as i32, cols as i32, depth as i32, rank as i32);
+        let (mask, null) = (mask.unwrap_or_default(), 0_u64);
+        let mut launch = self.stream.launch_builder(&function);
+        launch
+            .arg(&input_map)
+            .arg(&weight_map)
+            .arg(&q_map)
+            .arg(&p_map)
+            .arg(&out_map)
+            .arg(&side_map);
+        match bias {
+            Some(bias) => launch.arg(bias),
+            None => launch.arg(&null),
+        };
+        launch
+            .arg(&rows)
+            .arg(&cols)
+            .arg(&depth)
+            .arg(&rank)
+            .arg(&mask)
+            .arg(&side_job);
+        let config = LaunchConfig {
+            grid_dim: (blocks as u32, 1, 1),
+            block_dim: (384, 1, 1),
+            shared_mem_bytes: SHARED_BYTES as u32,
+        };
+        // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,
+        // whose sizes the caller checked, and the guards above order the stream after their writers.
+        unsafe { launch.launch(config) }.map_err(Error::driver("launch of gemm"))?;
+        drop((out_guard, a_guard, b_guard));
+        let a = (a_cols > 0).then(|| Partial::whole(a_part, a_cols));
+        let b = (b_cols > 0).then(|| Partial::whole(b_part, b_cols));
+        Ok(FusedOutput { out, a, b })
+    }
+}
+
+/// Work beside the tiles, laid out as in gemm.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Side {
+    q: [u64; 2],
+    part: [u64; 2],
+    cols: [i32; 2],
+    blocks: i64,
+}
+
+// SAFETY: plain words in the layout of the kernel's struct `Side`.
+unsafe impl DeviceRepr for Side {}
+
+/// A description of a matrix for the copy engine, passed to kernels by value.
+#[derive(Clone, Copy)]
+#[repr(C, align(128))]
+struct TensorMap([u64; 16]);
+
+// SAFETY: plain words, the layout that the driver wrote.
+unsafe impl DeviceRepr for TensorMap {}
+
+impl TensorMap {
+    /// `[rows, cols]` at `address`, rows `stride` elements apart, in swizzled boxes of 64 columns.
+    fn new<T: Element>(
+        address: u64,
+        (rows, cols, stride): (usize, usize, usize),
+        box_rows: usize,
+    ) -> Result<Self> {
+        let mut map = Self([0; 16]);
+        let dtype = match T::DTYPE {
+            DType::Bf16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            DType::F32 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        };
+        let (sizes, strides) = (
+            [cols as u64, rows as u64],
+            [(stride * size_of::<T>()) as u64],
+        );
+        let (box_size, steps) = ([DEPTH as u32, box_rows as u32], [1, 1]);
+        // SAFETY: the arrays have two, one, two and two elements, as rank 2 asks for; `map` is 128 bytes
+        // aligned to 128 and only written.
+        unsafe {
+            cuTensorMapEncodeTiled(
+                ptr::from_mut(&mut map).cast(),
+                dtype,
+                2,
+                address as *mut _,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                box_size.as_ptr(),
+                steps.as_ptr(),
+                CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(Error::driver("cuTensorMapEncodeTiled"))?;
+        Ok(map)
+    }
+}
