@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use candle_core::Tensor;
+use candle_core::{Tensor, TensorId};
 
 use crate::{
     AdapterConfig, Error, LinearLoRA, LoraReport, LoraSite, LoraTargets, ModulePath, PeftConfig,
@@ -68,7 +68,10 @@ pub(crate) fn attach<M: LoraTargets>(
     let by_path = adapters
         .into_iter()
         .map(|lora| (lora.path().to_string(), lora));
-    let mut attach = Attach(by_path.collect());
+    let mut attach = Attach {
+        adapters: by_path.collect(),
+        frozen: HashMap::new(),
+    };
     model.patch_linear(&mut ModulePath::root(), &mut attach)?;
     Ok(report)
 }
@@ -78,20 +81,31 @@ fn already_adapted(path: &str) -> Error {
     Error::module(path, reason)
 }
 
-/// Adapters by path, on their way to their layers.
-struct Attach(HashMap<String, LinearLoRA>);
+/// Freezes everything and attaches adapters by their paths.
+struct Attach {
+    adapters: HashMap<String, LinearLoRA>,
+    /// Frozen tensors by what they were, so that layers which share one still do.
+    frozen: HashMap<TensorId, Tensor>,
+}
+
+impl Attach {
+    fn frozen(&mut self, tensor: &Tensor) -> Tensor {
+        let frozen = self.frozen.entry(tensor.id());
+        frozen.or_insert_with(|| tensor.detach()).clone()
+    }
+}
 
 impl Visitor for Attach {
     fn linear(&mut self, path: &ModulePath, linear: &mut Linear) -> Result<()> {
-        match self.0.remove(path.as_str()) {
+        match self.adapters.remove(path.as_str()) {
             Some(lora) => linear.adapt(lora),
-            None => linear.freeze(),
+            None => linear.freeze(|tensor| self.frozen(tensor)),
         }
         Ok(())
     }
 
     fn parameter(&mut self, _: &ModulePath, _: &str, tensor: &mut Tensor) -> Result<()> {
-        *tensor = tensor.detach();
+        *tensor = self.frozen(tensor);
         Ok(())
     }
 }

@@ -11,7 +11,8 @@ use crate::{Error, Result};
 /// Writes `bytes` beside `path` and then renames: a reader sees the old file or the new one.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.tmp", std::process::id()));
+    // Always the same name: what a killed process leaves, the next one overwrites.
+    name.push(".tmp");
     let beside = path.with_file_name(name);
     let written = File::create(&beside)
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))

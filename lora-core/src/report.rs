@@ -49,7 +49,7 @@ impl LoraSite {
 pub struct LoraReport {
     /// The adapters in declaration order.
     pub sites: Vec<LoraSite>,
-    /// The parameters of all drop-in layers, adapters not counted.
+    /// The parameters of all layers, adapters not counted; shared ones count once.
     pub base_parameters: usize,
 }
 

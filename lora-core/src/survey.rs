@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use candle_core::Tensor;
+use candle_core::{Tensor, TensorId};
 
 use crate::{Error, LoraTargets, ModulePath, Result, Visitor, nn::Linear};
 
@@ -19,9 +19,10 @@ pub(crate) struct Site {
 #[derive(Default)]
 pub(crate) struct Survey {
     pub sites: Vec<Site>,
-    /// Numbers in all drop-in layers, adapters not counted.
+    /// Numbers in all layers, adapters not counted; a tensor that two layers share counts once.
     pub parameters: usize,
-    seen: HashSet<String>,
+    paths: HashSet<String>,
+    tensors: HashSet<TensorId>,
 }
 
 impl Survey {
@@ -31,11 +32,17 @@ impl Survey {
         model.patch_linear(&mut ModulePath::root(), &mut survey)?;
         Ok(survey)
     }
+
+    fn count(&mut self, tensor: &Tensor) {
+        if self.tensors.insert(tensor.id()) {
+            self.parameters += tensor.elem_count();
+        }
+    }
 }
 
 impl Visitor for Survey {
     fn linear(&mut self, path: &ModulePath, linear: &mut Linear) -> Result<()> {
-        if !self.seen.insert(path.to_string()) {
+        if !self.paths.insert(path.to_string()) {
             let reason =
                 "two linear layers have this path; rename a field on the way to one of them";
             return Err(Error::module(path, reason));
@@ -54,7 +61,10 @@ impl Visitor for Survey {
             Some(lora) => (lora.weight(), lora.bias()),
             None => (linear.weight(), linear.bias()),
         };
-        self.parameters += weight.elem_count() + bias.map_or(0, Tensor::elem_count);
+        self.count(weight);
+        if let Some(bias) = bias {
+            self.count(bias);
+        }
         self.sites.push(Site {
             path: path.to_string(),
             head: path.is_head(),
@@ -66,7 +76,7 @@ impl Visitor for Survey {
     }
 
     fn parameter(&mut self, _: &ModulePath, _: &str, tensor: &mut Tensor) -> Result<()> {
-        self.parameters += tensor.elem_count();
+        self.count(tensor);
         Ok(())
     }
 }

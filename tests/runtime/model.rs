@@ -199,6 +199,45 @@ fn a_model_of_variables_is_frozen_whole() {
 }
 
 #[test]
+fn a_tied_weight_counts_once_and_stays_shared() {
+    #[derive(LoraTargets)]
+    struct Tied {
+        embed: lora_core::nn::Embedding,
+        proj: Linear,
+        #[lora(head)]
+        lm_head: Linear,
+    }
+    let vars = candle_nn::VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let embed = lora_core::nn::embedding(7, 4, vb.pp("embed")).unwrap();
+    let mut model = Tied {
+        lm_head: Linear::new(embed.embeddings().clone(), None),
+        proj: linear_no_bias(4, 4, vb.pp("proj")).unwrap(),
+        embed,
+    };
+    let report = model.apply_lora(&PeftConfig::all_linear()).unwrap();
+    assert_eq!(report.base_parameters, 7 * 4 + 4 * 4);
+    assert_eq!(model.lora_report().unwrap(), report);
+    assert!(!model.embed.embeddings().is_variable());
+    assert_eq!(model.embed.embeddings().id(), model.lm_head.weight().id());
+
+    // Merging the head leaves the embedding alone.
+    model.remove_adapters().unwrap();
+    model.apply_lora(&PeftConfig::new(["lm_head"])).unwrap();
+    let before = to_vec(model.embed.embeddings());
+    model
+        .lm_head
+        .lora()
+        .unwrap()
+        .lora_b()
+        .set(&randn(1, (7, 8), DType::F32))
+        .unwrap();
+    model.merge().unwrap();
+    assert_ne!(to_vec(model.lm_head.weight()), before);
+    assert_eq!(to_vec(model.embed.embeddings()), before);
+}
+
+#[test]
 fn all_linear_leaves_the_head_and_exclusion_wins() {
     let adapted = |config: PeftConfig| {
         let mut model = Model::random(1, DType::F32);

@@ -130,11 +130,12 @@ impl Linear {
         Some(lora)
     }
 
-    /// Cuts weight and bias of a plain layer off from training.
-    pub(crate) fn freeze(&mut self) {
+    /// Replaces weight and bias of a plain layer by what `freeze` makes of them.
+    pub(crate) fn freeze(&mut self, mut freeze: impl FnMut(&Tensor) -> Tensor) {
         if let State::Plain(linear) = &self.state {
-            let bias = linear.bias().map(Tensor::detach);
-            self.state = State::Plain(candle_nn::Linear::new(linear.weight().detach(), bias));
+            let weight = freeze(linear.weight());
+            let bias = linear.bias().map(freeze);
+            self.state = State::Plain(candle_nn::Linear::new(weight, bias));
         }
     }
 }
