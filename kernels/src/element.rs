@@ -4,7 +4,7 @@ use cudarc::cublaslt::sys::cudaDataType_t;
 use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 use half::{bf16, f16};
 
-/// An element type of activations, weights or adapters: `f32`, [`bf16`] or [`f16`].
+/// An element type of activations, weights or adapters: `f32`, [`struct@bf16`] or [`struct@f16`].
 pub trait Element:
     sealed::Sealed + DeviceRepr + ValidAsZeroBits + Copy + Default + Send + Sync + 'static
 {

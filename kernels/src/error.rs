@@ -12,9 +12,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The card is older than the tensor core instructions used here.
+    /// The card lacks the tensor core instructions used here, or is newer than this crate.
     #[error(
-        "compute capability {major}.{minor} is not supported: the kernels need 8.0 (Ampere) or newer; \
+        "compute capability {major}.{minor} is not among those the kernels are compiled for (8.0 to 12.1); \
          run this layer without fused kernels"
     )]
     UnsupportedArch {

@@ -21,7 +21,7 @@ use crate::error::{Error, Result, expect_size};
 use crate::gemm::{F32Math, Product, Shape};
 use crate::hopper::Fused;
 use crate::kernels::Kernels;
-use crate::path::Path;
+use crate::path::{Path, Reason};
 use crate::skinny::{Launcher, Layout, Rows, padded_rank};
 
 /// A frozen linear and its adapter; `T` is the dtype of the base, `P` of the adapter (`T` or `f32`).
@@ -405,6 +405,10 @@ impl<T: Element, P: Element> LoraLinear<'_, T, P> {
             Place::Pre
         };
         let mask = Dropout::at(self.dropout, place);
+        let pairs = |bias| launcher.address(bias).is_multiple_of(4); // the kernel reads two halves at once
+        if product == Product::Forward && !self.bias.as_ref().is_none_or(pairs) {
+            return Path::General(Reason::Alignment);
+        }
         launcher.path(
             product,
             input,
