@@ -1,7 +1,10 @@
 //! The runtime: configuration, the adapted linear layer, the verbs of a model, adapter folders.
 
+mod adapter_folder;
+mod apply;
 mod config;
 mod golden;
 mod linear;
 mod llama;
 mod model;
+mod verbs;
