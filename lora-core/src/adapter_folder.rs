@@ -40,7 +40,13 @@ pub(crate) fn save<M: LoraTargets>(model: &mut M, dir: &Path) -> Result<()> {
         let reason = format!("`{}` has no adapter to save", type_name::<M>());
         return Err(Error::file(dir, reason));
     }
-    let mut config = serde_json::to_string_pretty(&HfConfig::of(&sites, dropout))
+    let others: Vec<String> = Survey::of(model)?
+        .sites
+        .into_iter()
+        .filter(|site| !site.adapted)
+        .map(|site| site.path)
+        .collect();
+    let mut config = serde_json::to_string_pretty(&HfConfig::of(&sites, &others, dropout))
         .map_err(|error| Error::file(dir.join(CONFIG), error))?;
     config.push('\n');
     // One entry only: the writer keeps them in a hash map, and the bytes must not depend on it.

@@ -14,6 +14,9 @@ pub(crate) struct HfConfig {
     alpha_pattern: BTreeMap<String, Number>,
     base_model_name_or_path: Option<String>,
     bias: &'static str,
+    /// Since PEFT 0.14, so written only where it is needed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    exclude_modules: Vec<String>,
     fan_in_fan_out: bool,
     inference_mode: bool,
     init_lora_weights: bool,
@@ -38,8 +41,9 @@ struct Number(#[serde(serialize_with = "integer_if_whole")] f64);
 
 impl HfConfig {
     /// Describes adapters. The commonest rank and alpha are the default; a site with others gets
-    /// a pattern of its own.
-    pub fn of(sites: &[LoraSite], dropout: f64) -> Self {
+    /// a pattern of its own. `others` are the paths of the layers without an adapter: PEFT takes a
+    /// target for the end of a path, so that those which end like an adapted one must be excluded.
+    pub fn of(sites: &[LoraSite], others: &[String], dropout: f64) -> Self {
         let rank = commonest(sites.iter().map(|site| site.rank)).unwrap_or(1);
         let alpha =
             commonest(sites.iter().map(|site| site.alpha.to_bits())).map_or(1.0, f64::from_bits);
@@ -54,6 +58,11 @@ impl HfConfig {
                 .collect(),
             base_model_name_or_path: None,
             bias: "none",
+            exclude_modules: others
+                .iter()
+                .filter(|other| sites.iter().any(|site| ends_with(other, &site.path)))
+                .cloned()
+                .collect(),
             fan_in_fan_out: false,
             inference_mode: true,
             init_lora_weights: true,
@@ -204,11 +213,17 @@ impl HfSettings {
         ) else {
             return false;
         };
-        names.iter().filter_map(Value::as_str).any(|name| {
-            path.strip_suffix(name)
-                .is_some_and(|parent| parent.is_empty() || parent.ends_with('.'))
-        })
+        names
+            .iter()
+            .filter_map(Value::as_str)
+            .any(|name| ends_with(path, name))
     }
+}
+
+/// Whether `name` is `path`, or its end from a dot: PEFT's rule for `target_modules`.
+fn ends_with(path: &str, name: &str) -> bool {
+    path.strip_suffix(name)
+        .is_some_and(|parent| parent.is_empty() || parent.ends_with('.'))
 }
 
 /// Whether a setting that we don't know is at rest.

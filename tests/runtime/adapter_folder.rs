@@ -3,7 +3,7 @@
 use std::fs;
 
 use candle_core::{DType, Device, Module};
-use lora_core::{Error, LoraTargets, PeftConfig};
+use lora_core::{Error, LoraTargets, PeftConfig, nn::Linear};
 use lora_tests::{randn, to_vec};
 
 use crate::model::{Model, WIDTH, input};
@@ -181,4 +181,38 @@ fn files_that_are_not_there_or_broken_are_named() {
     assert!(error.contains("adapter_model.safetensors"), "{error}");
     fs::write(dir.path().join("file"), "").unwrap();
     assert!(model.save_adapter(dir.path().join("file/folder")).is_err());
+}
+
+#[test]
+fn a_layer_whose_path_ends_like_an_adapted_one_is_excluded() {
+    #[derive(LoraTargets)]
+    struct Inner {
+        q: Linear,
+    }
+    #[derive(LoraTargets)]
+    struct Outer {
+        a: Inner,
+        x: Middle,
+    }
+    #[derive(LoraTargets)]
+    struct Middle {
+        a: Inner,
+    }
+    let inner = || Inner {
+        q: Linear::new(randn(1, (3, 3), DType::F32), None),
+    };
+    let model = || Outer {
+        a: inner(),
+        x: Middle { a: inner() },
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let mut adapted = model();
+    adapted.apply_lora(&PeftConfig::new(["a.q"])).unwrap();
+    adapted.save_adapter(dir.path()).unwrap();
+    let text = fs::read_to_string(dir.path().join("adapter_config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(config["target_modules"], serde_json::json!(["a.q"]));
+    assert_eq!(config["exclude_modules"], serde_json::json!(["x.a.q"]));
+    let report = model().load_adapter(dir.path()).unwrap();
+    assert_eq!(report.sites.len(), 1);
 }
