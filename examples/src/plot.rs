@@ -41,6 +41,7 @@ fn draw(
     chart
         .configure_mesh()
         .x_desc("step")
+        .x_label_formatter(&|step| format!("{step:.0}"))
         .y_desc("loss")
         .light_line_style(WHITE)
         .draw()?;
@@ -51,12 +52,11 @@ fn draw(
             .map(|(i, loss)| ((i + 1) as f32, *loss))
     };
     chart.draw_series(LineSeries::new(points(), BLUE.mix(0.3)))?;
-    // The trend: a mean that forgets over ten steps.
-    let mut mean = None;
-    let trend = points().map(|(step, loss)| {
-        let smooth = mean.map_or(loss, |mean: f32| 0.9 * mean + 0.1 * loss);
-        mean = Some(smooth);
-        (step, smooth)
+    // The trend: the mean of each step and its two neighbours on either side.
+    let trend = (0..losses.len()).map(|i| {
+        let around = &losses[i.saturating_sub(2)..losses.len().min(i + 3)];
+        let mean = around.iter().sum::<f32>() / around.len() as f32;
+        ((i + 1) as f32, mean)
     });
     chart.draw_series(LineSeries::new(trend, BLUE.stroke_width(2)))?;
     area.present()?;

@@ -65,3 +65,8 @@ pub fn numeric_gradient(var: &Var, loss: impl Fn() -> Result<Tensor>) -> Result<
     var.set(&at)?;
     Tensor::from_vec(gradient, at.shape(), at.device())
 }
+
+/// The front page's example runs.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;
