@@ -32,7 +32,7 @@ pub use error::{Error, Result};
 pub use glob::Glob;
 pub use init::LoraInit;
 pub use linear_lora::LinearLoRA;
-pub use lora_derive::{LoraTargets, targets};
+pub use lora_derive::LoraTargets;
 pub use path::ModulePath;
 pub use philox::philox;
 pub use registry::{Registration, registry};
@@ -44,8 +44,9 @@ pub use visit::Visitor;
 /// Not public API. Used by generated code.
 #[doc(hidden)]
 pub mod __private {
-    pub use crate::suggest::{Message, no_match};
+    pub use crate::suggest::check_target;
     pub use inventory;
+    pub use lora_derive::targets;
 }
 
 extern crate self as lora_core;

@@ -44,6 +44,15 @@ impl Message {
     }
 }
 
+/// Fails, at the place of its caller, if no linear layer below `tree` has a path that `pattern`
+/// names.
+#[track_caller]
+pub const fn check_target(tree: &TargetTree, model: &str, pattern: &str) {
+    if !tree.contains(pattern) {
+        panic!("{}", no_match(tree, model, pattern).as_str());
+    }
+}
+
 /// Says that no linear layer of `model` has a path that `pattern` names, and which come nearest.
 pub const fn no_match(tree: &TargetTree, model: &str, pattern: &str) -> Message {
     let mut nearest = Nearest::new(pattern);

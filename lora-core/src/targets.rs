@@ -252,6 +252,37 @@ impl Visitor for EachLinear<'_> {
     }
 }
 
+/// Target names that the compiler checks against a model.
+///
+/// Expands to an array of the names, for [`PeftConfig::new`](crate::PeftConfig::new). A pattern
+/// that no linear layer of the type can match does not compile; the error names the nearest paths.
+///
+/// ```
+/// use lora_core::{LoraTargets, nn::Linear, targets};
+///
+/// #[derive(LoraTargets)]
+/// struct Attention { q_proj: Linear, v_proj: Linear }
+/// #[derive(LoraTargets)]
+/// struct Model { layers: Vec<Attention> }
+///
+/// let names = targets!(Model: ["*.q_proj", "layers.1.v_proj"]);
+/// assert_eq!(names, ["*.q_proj", "layers.1.v_proj"]);
+/// ```
+///
+/// ```compile_fail,E0080
+/// # use lora_core::{LoraTargets, nn::Linear, targets};
+/// # #[derive(LoraTargets)]
+/// # struct Attention { q_proj: Linear, v_proj: Linear }
+/// let names = targets!(Attention: ["q_porj"]);
+/// // error: no linear layer of `Attention` matches `q_porj`; nearest: `q_proj`, `v_proj`
+/// ```
+#[macro_export]
+macro_rules! targets {
+    ($($input:tt)*) => {
+        $crate::__private::targets!($crate; $($input)*)
+    };
+}
+
 impl LoraTargets for Linear {
     const TARGETS: TargetTree = TargetTree::Linear;
 
