@@ -43,7 +43,7 @@ def forbid_warnings():
     # transformers calls a property of its own that it deprecated.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
-    for name in (None, "transformers", "peft", "huggingface_hub"):
+    for name in (None, "torch", "transformers", "peft", "huggingface_hub"):
         logging.getLogger(name).addHandler(RaiseOnWarning(level=logging.WARNING))
 
 
