@@ -35,7 +35,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         rayon::current_num_threads()
     );
     println!("tokens  stock ms  ours ms  stock/ours  stock gradients kept  ours");
-    for tokens in [64, 256, 1024] {
+    for tokens in [64, 128, 256, 1024] {
         let config = PeftConfig::all_linear().dim(RANK).alpha(16.0).adapter()?;
         let mut stock = Vec::new();
         let mut ours = Vec::new();
