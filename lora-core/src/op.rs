@@ -20,6 +20,7 @@
 
 mod expand;
 mod frozen;
+mod thin;
 
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, InplaceOp3, Layout, MetalStorage, Result, Shape, Storage,
@@ -56,7 +57,7 @@ impl LoraLinear {
     ) -> Result<Tensor> {
         let dtype = compute_dtype(base.weight().dtype());
         let input = dropped(&xs.detach().to_dtype(dtype)?, dropout, DropoutPosition::Pre)?;
-        let hidden = input.matmul(&a.detach().to_dtype(dtype)?.t()?)?; // [tokens, rank]
+        let hidden = thin::shrink(&input, &a.detach().to_dtype(dtype)?)?; // [tokens, rank]
         let b_transposed = b.detach().to_dtype(dtype)?.t()?.contiguous()?; // [rank, out]
         let op = Self {
             base,
@@ -183,12 +184,12 @@ impl CustomOp3 for LoraLinear {
         let compute = self.hidden.dtype();
         let dys = dys.contiguous()?;
         let g = dropped(&dys.to_dtype(compute)?, self.dropout, DropoutPosition::Post)?; // [tokens, out]
-        let db = (g.t()?.matmul(&self.hidden)? * self.scaling)?; // [out, rank]
-        let dh = (g.matmul(&self.b_transposed.t()?)? * self.scaling)?; // [tokens, rank]
+        let db = (thin::outer(&self.hidden, &g)?.t()? * self.scaling)?; // [out, rank]
+        let dh = (thin::shrink(&g, &self.b_transposed)? * self.scaling)?; // [tokens, rank]
 
         let input = xs.detach().to_dtype(compute)?;
         let input = dropped(&input, self.dropout, DropoutPosition::Pre)?; // [tokens, in]
-        let da = dh.t()?.matmul(&input)?; // [rank, in]
+        let da = thin::outer(&dh, &input)?; // [rank, in]
 
         let dxs = if xs.track_op() {
             let expand = Expand {

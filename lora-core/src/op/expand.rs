@@ -158,7 +158,7 @@ fn combine<A: Accumulator>(delta: &mut [A], p: &[A], q: &[A]) {
 }
 
 /// A type to compute in.
-trait Accumulator:
+pub(super) trait Accumulator:
     Copy + Default + Send + Sync + std::ops::Add<Output = Self> + std::ops::Mul<Output = Self>
 {
     fn from_f64(value: f64) -> Self;
