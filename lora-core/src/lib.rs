@@ -102,6 +102,7 @@ pub use glob::Glob;
 pub use init::LoraInit;
 pub use linear_lora::LinearLoRA;
 pub use lora_derive::LoraTargets;
+pub use op::ComputePath;
 pub use path::ModulePath;
 pub use philox::philox;
 pub use registry::{Registration, registry};

@@ -8,7 +8,7 @@ use crate::{
     AdapterConfig, DropoutPosition, Error, Result,
     config::is_adapter_dtype,
     dropout::Dropout,
-    op::{FrozenLinear, LoraLinear, compute_dtype},
+    op::{ComputePath, FrozenLinear, LoraLinear, compute_dtype, shared::Member},
 };
 
 /// A linear layer whose weight `W [out, in]` and bias are frozen, and an adapter that is trained:
@@ -198,6 +198,58 @@ impl LinearLoRA {
         Ok((weight.to_dtype(delta.dtype())? + delta)?.to_dtype(weight.dtype())?)
     }
 
+    /// How the layer would compute its output for `xs`, and why not faster. The same is told with
+    /// every forward pass on a CUDA device, by `tracing` at its debug level.
+    ///
+    /// # Errors
+    /// If `xs` is no input of this layer.
+    pub fn compute_path(&self, xs: &Tensor) -> candle_core::Result<ComputePath> {
+        self.check_input(xs)?;
+        if !self.fused {
+            return Ok(ComputePath::Composed("use_fused is off"));
+        }
+        let mask = match self.training {
+            true => self.dropout.peek(),
+            false => None,
+        };
+        let dropout = mask.map(|mask| (mask, self.dropout_position));
+        let adapter = (self.lora_a.as_tensor(), self.lora_b.as_tensor());
+        LoraLinear::path(&self.base, xs, adapter, dropout)
+    }
+
+    /// Whether `xs` has the width and the type of the weight.
+    pub(crate) fn check_input(&self, xs: &Tensor) -> candle_core::Result<()> {
+        let inputs = self.weight().dim(1)?;
+        if xs.dims().last() != Some(&inputs) || xs.dtype() != self.weight().dtype() {
+            bail!(
+                "{}: the input is {:?} of {}; it must be [.., {inputs}] of {}",
+                self.path,
+                xs.dims(),
+                xs.dtype().as_str(),
+                self.weight().dtype().as_str(),
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether the adapter can run together with others on one input.
+    pub(crate) fn can_share(&self) -> bool {
+        let drops = self.training && self.dropout.probability() > 0.0;
+        let on_input = self.dropout_position == DropoutPosition::Pre;
+        self.enabled && self.fused && !(drops && on_input)
+    }
+
+    /// The layer as one of several on one input, with the next dropout mask.
+    pub(crate) fn member(&self) -> Member<'_> {
+        Member {
+            base: &self.base,
+            a: self.lora_a.as_tensor(),
+            b: self.lora_b.as_tensor(),
+            scaling: self.scaling(),
+            dropout: self.training.then(|| self.dropout.next()).flatten(),
+        }
+    }
+
     /// The layer of `xs`, `[tokens, in]` and contiguous.
     fn forward_rows(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
         if !self.enabled {
@@ -231,17 +283,8 @@ impl LinearLoRA {
 
 impl Module for LinearLoRA {
     fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
-        let (outputs, inputs) = self.weight().dims2()?;
-        if xs.dims().last() != Some(&inputs) || xs.dtype() != self.weight().dtype() {
-            bail!(
-                "{}: the input is {:?} of {}; it must be [.., {inputs}] of {}",
-                self.path,
-                xs.dims(),
-                xs.dtype().as_str(),
-                self.weight().dtype().as_str(),
-            );
-        }
-        over_rows(xs, outputs, |xs| self.forward_rows(xs))
+        self.check_input(xs)?;
+        over_rows(xs, self.weight().dim(0)?, |xs| self.forward_rows(xs))
     }
 }
 

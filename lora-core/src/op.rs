@@ -18,8 +18,12 @@
 //! The adapter's side is computed in f32, or in f64 over an f64 base, and rounded once, when it
 //! is added.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod expand;
 mod frozen;
+mod path;
+pub(crate) mod shared;
 mod thin;
 
 use candle_core::{
@@ -32,6 +36,7 @@ use candle_core::{
 use expand::Expand;
 pub(crate) use expand::compute_dtype;
 pub(crate) use frozen::FrozenLinear;
+pub use path::ComputePath;
 
 use crate::{DropoutPosition, Mask};
 
@@ -55,6 +60,13 @@ impl LoraLinear {
         scaling: f64,
         dropout: Option<(Mask, DropoutPosition)>,
     ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if xs.device().is_cuda() {
+            let Some(reason) = cuda::unsupported(&base) else {
+                return cuda::CudaLoraLinear::new(&base, (a, b), scaling, dropout)?.apply(xs, a, b);
+            };
+            tracing::debug!(reason, "lora forward, composed of candle's operations");
+        }
         let dtype = compute_dtype(base.weight().dtype());
         let input = dropped(&xs.detach().to_dtype(dtype)?, dropout, DropoutPosition::Pre)?;
         let hidden = thin::shrink(&input, &a.detach().to_dtype(dtype)?)?; // [tokens, rank]
@@ -67,6 +79,57 @@ impl LoraLinear {
             b_transposed,
         };
         xs.apply_op3(a, b, op)
+    }
+
+    /// How [`apply`](Self::apply) computes the layer.
+    pub fn path(
+        base: &FrozenLinear,
+        xs: &Tensor,
+        adapter: (&Tensor, &Tensor),
+        dropout: Option<(Mask, DropoutPosition)>,
+    ) -> Result<ComputePath> {
+        #[cfg(feature = "cuda")]
+        if xs.device().is_cuda() {
+            return match cuda::unsupported(base) {
+                Some(reason) => Ok(ComputePath::Composed(reason)),
+                None => cuda::CudaLoraLinear::new(base, adapter, 1.0, dropout)?
+                    .path(xs)
+                    .map(|path| ComputePath::Kernels(path.to_string())),
+            };
+        }
+        let _ = (base, adapter, dropout); // the CPU has one path for all of them
+        Ok(match xs.device().is_cpu() {
+            true => ComputePath::Fused,
+            false => ComputePath::Composed("there are no kernels for this device"),
+        })
+    }
+
+    /// `dH [tokens, rank]` and `dB [out, rank]` of contiguous `dY [tokens, out]`.
+    fn low_rank_gradients(&self, dys: &Tensor) -> Result<(Tensor, Tensor)> {
+        let dys = dys.to_dtype(self.hidden.dtype())?;
+        let g = dropped(&dys, self.dropout, DropoutPosition::Post)?; // [tokens, out]
+        let db = (thin::outer(&self.hidden, &g)?.t()? * self.scaling)?;
+        let dh = (thin::shrink(&g, &self.b_transposed)? * self.scaling)?;
+        Ok((dh, db))
+    }
+
+    /// `dX [tokens, in]`, if `X` needs one.
+    fn input_gradient(
+        &self,
+        xs: &Tensor,
+        dys: &Tensor,
+        dh: &Tensor,
+        a: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        if !xs.track_op() {
+            return Ok(None);
+        }
+        let expand = Expand {
+            scaling: 1.0,
+            mask: self.mask_at(DropoutPosition::Pre),
+        };
+        let a = a.detach().to_dtype(dh.dtype())?.contiguous()?;
+        expand.add(self.base.backward(dys)?, dh, &a).map(Some)
     }
 
     /// The mask, if dropout is at `position`.
@@ -181,28 +244,13 @@ impl CustomOp3 for LoraLinear {
         _ys: &Tensor,
         dys: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let compute = self.hidden.dtype();
         let dys = dys.contiguous()?;
-        let g = dropped(&dys.to_dtype(compute)?, self.dropout, DropoutPosition::Post)?; // [tokens, out]
-        let db = (thin::outer(&self.hidden, &g)?.t()? * self.scaling)?; // [out, rank]
-        let dh = (thin::shrink(&g, &self.b_transposed)? * self.scaling)?; // [tokens, rank]
-
-        let input = xs.detach().to_dtype(compute)?;
+        let (dh, db) = self.low_rank_gradients(&dys)?;
+        let input = xs.detach().to_dtype(dh.dtype())?;
         let input = dropped(&input, self.dropout, DropoutPosition::Pre)?; // [tokens, in]
         let da = thin::outer(&dh, &input)?; // [rank, in]
-
-        let dxs = if xs.track_op() {
-            let expand = Expand {
-                scaling: 1.0,
-                mask: self.mask_at(DropoutPosition::Pre),
-            };
-            let a = a.detach().to_dtype(compute)?.contiguous()?;
-            Some(expand.add(self.base.backward(&dys)?, &dh, &a)?)
-        } else {
-            None
-        };
         Ok((
-            dxs,
+            self.input_gradient(xs, &dys, &dh, a)?,
             Some(da.to_dtype(a.dtype())?),
             Some(db.to_dtype(b.dtype())?),
         ))

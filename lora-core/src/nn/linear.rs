@@ -93,6 +93,14 @@ impl Linear {
         matches!(self.state, State::Merged(..))
     }
 
+    /// The adapted layer, if it can share its input's passes with others.
+    pub(super) fn sharing(&self) -> Option<&LinearLoRA> {
+        match &self.state {
+            State::Adapted(lora) if lora.can_share() => Some(lora),
+            _ => None,
+        }
+    }
+
     /// Puts `lora` in the place of whatever the layer was.
     pub(crate) fn adapt(&mut self, lora: LinearLoRA) {
         self.state = State::Adapted(Box::new(lora));
