@@ -84,6 +84,7 @@ mod gemm;
 mod hopper;
 mod kernels;
 mod linear;
+mod memory;
 mod path;
 mod skinny;
 
@@ -94,5 +95,6 @@ pub use error::{Error, Result};
 pub use gemm::F32Math;
 pub use kernels::{Kernels, first_device};
 pub use linear::{Forward, Gradients, InputGradient, LoraLinear, Saved};
+pub use memory::MemoryPool;
 pub use path::{Path, Preference, Reason};
 pub use skinny::Rows;
