@@ -67,7 +67,7 @@ fn main() -> Result<()> {
         println!("skipped: no CUDA driver or no device here");
         return Ok(());
     };
-    let stream = context.new_stream()?;
+    let stream = context.per_thread_stream(); // as candle does
     let args: Vec<String> = std::env::args()
         .skip(1)
         .filter(|a| a != "--bench")

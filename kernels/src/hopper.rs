@@ -6,17 +6,17 @@ use cudarc::driver::sys::{
     CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion,
     CUtensorMapSwizzle, cuTensorMapEncodeTiled,
 };
-use cudarc::driver::{
-    CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
-};
+use cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use crate::dropout::Mask;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::gemm::Product;
 use crate::kernels::{Instance, Kernel};
+use crate::launch::{Grid, Launcher, arg};
 use crate::path::{Path, Preference, Reason};
-use crate::skinny::{Launcher, Partial, Rows, padded_rank, padded_width};
+use crate::rows::{Rows, padded_width};
+use crate::skinny::Partial;
 
 // As in gemm.cu.
 const CLUSTER: usize = 2;
@@ -39,10 +39,9 @@ pub(crate) struct Fused<'a, T> {
     pub w_cols: usize,
     pub bias: Option<&'a CudaView<'a, T>>,
     /// `[rows, padded_rank]`
-    pub q: &'a CudaSlice<T>,
+    pub q: &'a Rows<'a, T>,
     /// B as `[w_rows, rank]` forward, A as `[rank, w_cols]` backward; both padded.
-    pub p: &'a CudaSlice<T>,
-    pub rank: usize,
+    pub p: &'a CudaView<'a, T>,
     pub mask: Option<Mask>,
     /// Backward: partial sums to make beside the product.
     pub side: Option<SideWork<'a, T>>,
@@ -51,16 +50,16 @@ pub(crate) struct Fused<'a, T> {
 /// Partial sums of the adapter's gradients, for the blocks that the tiles leave over.
 pub(crate) struct SideWork<'a, T> {
     /// `S` of the forward `[rows, padded_rank]`, for the gradient of B.
-    pub s: &'a CudaSlice<T>,
+    pub s: &'a Rows<'a, T>,
     /// The input of the layer and `dS`, for the gradient of A; none if it has to be masked.
-    pub a: Option<(&'a Rows<'a, T>, &'a CudaSlice<T>)>,
+    pub a: Option<(&'a Rows<'a, T>, &'a Rows<'a, T>)>,
     /// How many blocks.
     pub blocks: usize,
 }
 
-/// What [`Launcher::fused`] returns.
-pub(crate) struct FusedOutput<T> {
-    pub out: CudaSlice<T>,
+/// Partial sums of the adapter's gradients that were made beside a product.
+#[derive(Default)]
+pub(crate) struct Parts {
     pub a: Option<Partial>,
     pub b: Option<Partial>,
 }
@@ -117,25 +116,23 @@ impl Launcher<'_> {
     pub fn side_work<'a, T: Element>(
         &self,
         (w_rows, w_cols): (usize, usize),
-        rank: usize,
-        s: &'a CudaSlice<T>,
-        (xs, ds): (&'a Rows<T>, &'a CudaSlice<T>),
-        masked: bool,
+        s: &'a Rows<T>,
+        a: Option<(&'a Rows<'a, T>, &'a Rows<'a, T>)>,
     ) -> Option<SideWork<'a, T>> {
-        let tiles = xs.rows.div_ceil(TILE) * w_cols.div_ceil(TILE);
+        let tiles = s.rows.div_ceil(TILE) * w_cols.div_ceil(TILE);
         let clusters = self.kernels.multiprocessors() / CLUSTER;
-        if tiles < clusters || padded_rank(rank) > 32 {
+        if tiles < clusters || s.cols > 32 {
             return None;
         }
         let busy = tiles.div_ceil(tiles.div_ceil(clusters));
         let blocks = CLUSTER * (clusters - busy);
         let in_time = |width: usize| width * FLOPS_PER_SIDE_BYTE <= blocks * w_rows * w_cols;
-        let a = (!masked && self.aligned(xs) && in_time(w_rows + w_cols)).then_some((xs, ds));
+        let a = a.filter(|(xs, _)| self.aligned(xs) && in_time(w_rows + w_cols));
         (a.is_some() || in_time(w_rows)).then_some(SideWork { s, a, blocks })
     }
 
     /// One pass over the output. [`Self::path`] must have chosen [`Path::Hopper`].
-    pub fn fused<T: Element>(&self, call: Fused<T>) -> Result<FusedOutput<T>> {
+    pub fn fused<T: Element>(&self, call: Fused<T>, out: &mut CudaSlice<T>) -> Result<Parts> {
         let Fused {
             product,
             input,
@@ -145,7 +142,6 @@ impl Launcher<'_> {
             bias,
             q,
             p,
-            rank,
             mask,
             side,
         } = call;
@@ -155,15 +151,10 @@ impl Launcher<'_> {
         } else {
             (w_rows, w_cols)
         };
-        let rank = padded_rank(rank);
+        let rank = q.cols;
         let rows = input.rows;
-        let mut out = self.alloc("the output", rows * cols)?;
         if rows == 0 {
-            return Ok(FusedOutput {
-                out,
-                a: None,
-                b: None,
-            });
+            return Ok(Parts::default());
         }
         let side_blocks = side.as_ref().map_or(0, |side| side.blocks);
         let instance = Instance {
@@ -181,7 +172,7 @@ impl Launcher<'_> {
 
         let (input_at, _input) = input.data.device_ptr(self.stream);
         let (weight_at, _weight) = weight.device_ptr(self.stream);
-        let (q_at, _q) = q.device_ptr(self.stream);
+        let (q_at, _q) = q.data.device_ptr(self.stream);
         let (p_at, _p) = p.device_ptr(self.stream);
         let box_rows = if forward { 128 } else { DEPTH };
         let map = |at, rows, cols, stride, box_rows| {
@@ -189,7 +180,7 @@ impl Launcher<'_> {
         };
         let input_map = map(input_at, rows, depth, input.stride, 128)?;
         let weight_map = map(weight_at, w_rows, w_cols, w_cols, box_rows)?;
-        let q_map = map(q_at, rows, rank, rank, 128)?;
+        let q_map = map(q_at, rows, rank, q.stride, 128)?;
         let p_map = if forward {
             map(p_at, cols, rank, rank, 128)?
         } else {
@@ -211,9 +202,15 @@ impl Launcher<'_> {
         let mut a_part = self.alloc::<f32>("partial gradients", rank * a_cols)?;
         let (b_at, b_guard) = b_part.device_ptr_mut(self.stream);
         let (a_at, a_guard) = a_part.device_ptr_mut(self.stream);
-        let s_ptr = side.as_ref().map(|side| side.s.device_ptr(self.stream));
-        let ds_ptr =
-            side_a.map(|(xs, ds)| (xs.data.device_ptr(self.stream), ds.device_ptr(self.stream)));
+        let s_ptr = side
+            .as_ref()
+            .map(|side| side.s.data.device_ptr(self.stream));
+        let ds_ptr = side_a.map(|(xs, ds)| {
+            (
+                xs.data.device_ptr(self.stream),
+                ds.data.device_ptr(self.stream),
+            )
+        });
         let side_map = match (side_a, &ds_ptr) {
             (Some((xs, _)), Some(((at, _), _))) => map(*at, rows, xs.cols, xs.stride, 128)?,
             _ => input_map,
@@ -224,42 +221,44 @@ impl Launcher<'_> {
                 ds_ptr.as_ref().map_or(0, |(_, p)| p.0),
             ],
             part: [b_at, a_at],
+            strides: [
+                side.as_ref().map_or(0, |side| side.s.stride as i32),
+                side_a.map_or(0, |(_, ds)| ds.stride as i32),
+            ],
             cols: [b_cols as i32, a_cols as i32],
             blocks: side_blocks as i64,
         };
         let (rows, cols, depth, rank) = (rows as i32, cols as i32, depth as i32, rank as i32);
-        let (mask, null) = (mask.unwrap_or_default(), 0_u64);
-        let mut launch = self.stream.launch_builder(&function);
-        launch
-            .arg(&input_map)
-            .arg(&weight_map)
-            .arg(&q_map)
-            .arg(&p_map)
-            .arg(&out_map)
-            .arg(&side_map);
-        match bias {
-            Some(bias) => launch.arg(bias),
-            None => launch.arg(&null),
-        };
-        launch
-            .arg(&rows)
-            .arg(&cols)
-            .arg(&depth)
-            .arg(&rank)
-            .arg(&mask)
-            .arg(&side_job);
-        let config = LaunchConfig {
-            grid_dim: (blocks as u32, 1, 1),
-            block_dim: (384, 1, 1),
-            shared_mem_bytes: SHARED_BYTES as u32,
+        let mask = mask.unwrap_or_default();
+        let bias = bias.map(|bias| bias.device_ptr(self.stream));
+        let bias_at = bias.as_ref().map_or(0, |(at, _)| *at);
+        let args = [
+            arg(&input_map),
+            arg(&weight_map),
+            arg(&q_map),
+            arg(&p_map),
+            arg(&out_map),
+            arg(&side_map),
+            arg(&bias_at),
+            arg(&rows),
+            arg(&cols),
+            arg(&depth),
+            arg(&rank),
+            arg(&mask),
+            arg(&side_job),
+        ];
+        let grid = Grid {
+            shared_bytes: SHARED_BYTES,
+            ..Grid::new([blocks as u32, 1, 1], 384)
         };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,
         // whose sizes the caller checked, and the guards above order the stream after their writers.
-        unsafe { launch.launch(config) }.map_err(Error::driver("launch of gemm"))?;
+        unsafe { self.launch("launch of gemm", &function, grid, &args) }?;
         drop((out_guard, a_guard, b_guard));
-        let a = (a_cols > 0).then(|| Partial::whole(a_part, a_cols));
-        let b = (b_cols > 0).then(|| Partial::whole(b_part, b_cols));
-        Ok(FusedOutput { out, a, b })
+        let ranks = q.cols;
+        let a = (a_cols > 0).then(|| Partial::whole(a_part, ranks, a_cols));
+        let b = (b_cols > 0).then(|| Partial::whole(b_part, ranks, b_cols));
+        Ok(Parts { a, b })
     }
 }
 
@@ -269,6 +268,7 @@ impl Launcher<'_> {
 struct Side {
     q: [u64; 2],
     part: [u64; 2],
+    strides: [i32; 2],
     cols: [i32; 2],
     blocks: i64,
 }

@@ -139,6 +139,11 @@ impl Kernels {
         self.preference
     }
 
+    /// Whether kernels may start while the one before them drains: from Hopper on.
+    pub(crate) fn overlaps(&self) -> bool {
+        !self.arch.starts_with("sm_8")
+    }
+
     pub(crate) fn multiprocessors(&self) -> usize {
         self.multiprocessors
     }

@@ -213,8 +213,9 @@ __device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, c
 
 // Work beside the product: part[rank, cols] = qᵀ · z for up to two z [rows, cols].
 struct Side {
-  const T *q0, *q1;      // [rows, rank]
+  const T *q0, *q1;      // [rows, rank], row strides ldq0 and ldq1
   float *part0, *part1;  // [rank, cols]
+  int ldq0, ldq1;
   int cols0, cols1;      // 0: no second product
   i64 blocks;
 };
@@ -228,7 +229,6 @@ __device__ __forceinline__ void side_work(const TensorMap& z0, const TensorMap& 
   int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
   int boxes = (rows + TILE_ROWS - 1) / TILE_ROWS;
   int units0 = (side.cols0 + 63) / 64, units = units0 + (side.cols1 + 63) / 64;
-  constexpr int rank = 16 * SIDE_TILES;
   int stage = 0;
   u32 parity = 0;
   auto advance = [&] {
@@ -248,7 +248,8 @@ __device__ __forceinline__ void side_work(const TensorMap& z0, const TensorMap& 
       bool second = unit >= units0;
       int col0 = (second ? unit - units0 : unit) * 64, cols = second ? side.cols1 : side.cols0;
       float* part = second ? side.part1 : side.part0;
-      const T* q = (second ? side.q1 : side.q0) + (i64)(warp * 16 + 4 * t) * rank + 2 * g;
+      int ldq = second ? side.ldq1 : side.ldq0;
+      const T* q = (second ? side.q1 : side.q0) + (i64)(warp * 16 + 4 * t) * ldq + 2 * g;
       // Ranks 2g and 2g + 1 of the thread's four rows of a box, SIDE_AHEAD boxes ahead.
       u32 ahead[SIDE_AHEAD][SIDE_TILES][4];
       auto fetch = [&](int box) {
@@ -260,7 +261,7 @@ __device__ __forceinline__ void side_work(const TensorMap& z0, const TensorMap& 
             for (int r = 0; r < 4; ++r) {
               i64 row = (i64)(box + i) * TILE_ROWS;
               bool live = row + warp * 16 + 4 * t + r < rows;
-              ahead[i][j][r] = live ? *reinterpret_cast<const u32*>(q + (row + r) * rank + j * 16) : 0;
+              ahead[i][j][r] = live ? *reinterpret_cast<const u32*>(q + (row + r) * ldq + j * 16) : 0;
             }
       };
       float acc[SIDE_TILES][8][4] = {};
@@ -345,6 +346,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    await_previous();
+    start_next();
     float* sums = reinterpret_cast<float*>(shared + STAGES * STAGE_BYTES);
     side_work(input_map, side_map, side, rows, shared_address(shared), sums, full, empty);
     return;
@@ -375,10 +378,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
     if (threadIdx.x == 0) {
       Ring ring;
+      bool first = true;
       for (int index = cluster; index < tiles; index += clusters) {
         Tile tile = tile_at(index, cluster_rows, cluster_cols, block);
         for (int k = 0; k < depth_blocks + rank_blocks; ++k, ring.next()) {
           bool low = k >= depth_blocks;
+          if (low && first) {
+            // Only q comes from the kernel before this one: the base product need not await it. No
+            // tile is stored before its rank has arrived, so the stores are behind this too.
+            await_previous();
+            start_next();
+            first = false;
+          }
           const TensorMap& left = low ? q_map : input_map;
           const TensorMap& right = low ? p_map : weight_map;
           int at = (low ? k - depth_blocks : k) * TILE_DEPTH;
