@@ -63,7 +63,8 @@ impl LoraLinear {
         #[cfg(feature = "cuda")]
         if xs.device().is_cuda() {
             let Some(reason) = cuda::unsupported(&base) else {
-                return cuda::CudaLoraLinear::new(&base, (a, b), scaling, dropout)?.apply(xs, a, b);
+                return cuda::linear::CudaLoraLinear::new(&base, (a, b), scaling, dropout)?
+                    .apply(xs, a, b);
             };
             tracing::debug!(reason, "lora forward, composed of candle's operations");
         }
@@ -92,7 +93,7 @@ impl LoraLinear {
         if xs.device().is_cuda() {
             return match cuda::unsupported(base) {
                 Some(reason) => Ok(ComputePath::Composed(reason)),
-                None => cuda::CudaLoraLinear::new(base, adapter, 1.0, dropout)?
+                None => cuda::linear::CudaLoraLinear::new(base, adapter, 1.0, dropout)?
                     .path(xs)
                     .map(|path| ComputePath::Kernels(path.to_string())),
             };

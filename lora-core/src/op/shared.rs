@@ -33,6 +33,10 @@ pub(crate) struct Member<'a> {
 
 /// The outputs `[.., out]` of the layers for `xs`, `[.., in]`.
 pub(crate) fn apply(xs: &Tensor, members: &[Member]) -> Result<Vec<Tensor>> {
+    #[cfg(feature = "cuda")]
+    if xs.device().is_cuda() && super::cuda::shared::supported(members) {
+        return super::cuda::shared::apply(xs, members);
+    }
     let Some((&inputs, leading)) = xs.dims().split_last() else {
         bail!("a linear layer expects an input of at least one dimension")
     };
