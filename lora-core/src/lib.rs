@@ -95,7 +95,7 @@ mod tree;
 mod visit;
 
 pub use apply::patch_linear_module;
-pub use config::{AdapterConfig, PeftConfig};
+pub use config::{AdapterConfig, BiasMode, PeftConfig};
 pub use dropout::{DropoutPosition, Mask};
 pub use error::{Error, Result};
 pub use glob::Glob;
