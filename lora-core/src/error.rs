@@ -28,6 +28,20 @@ pub enum Error {
         /// What is wrong, and the way out.
         reason: String,
     },
+    /// Something with an adapter that is called by its name.
+    #[error("adapter `{name}`: {reason}")]
+    Adapter {
+        /// The name.
+        name: String,
+        /// What is wrong, and the way out.
+        reason: String,
+    },
+    /// A change of the adapters while they are in the weights.
+    #[error("the adapters are merged into the weights; `unmerge` first")]
+    Merged,
+    /// A batch by rows that has none.
+    #[error("a selection by rows needs at least one row")]
+    NoRows,
     /// Adapters that a backward pass left without a gradient.
     #[error(
         "{} of {total} adapter tensors got no gradient: {}. \
@@ -68,6 +82,13 @@ impl Error {
     pub(crate) fn module(path: impl ToString, reason: impl Into<String>) -> Self {
         Self::Module {
             path: path.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    pub(crate) fn adapter(name: impl ToString, reason: impl Into<String>) -> Self {
+        Self::Adapter {
+            name: name.to_string(),
             reason: reason.into(),
         }
     }
