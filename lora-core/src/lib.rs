@@ -70,6 +70,7 @@
 //! - [`registry`]: the adaptable models linked into a program.
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 mod adapter_folder;
 mod apply;
 mod atomic;
@@ -95,7 +96,7 @@ mod tree;
 mod visit;
 
 pub use apply::patch_linear_module;
-pub use config::{AdapterConfig, PeftConfig};
+pub use config::{AdapterConfig, BiasMode, PeftConfig};
 pub use dropout::{DropoutPosition, Mask};
 pub use error::{Error, Result};
 pub use glob::Glob;
