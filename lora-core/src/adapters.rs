@@ -56,7 +56,11 @@ impl Adapters {
         let state = self.switch.read();
         let picks = names
             .iter()
-            .map(|name| name.as_ref().map(|name| state.pick(name.as_ref())).transpose())
+            .map(|name| {
+                name.as_ref()
+                    .map(|name| state.pick(name.as_ref()))
+                    .transpose()
+            })
             .collect::<Result<Vec<Option<Pick>>>>()?;
         Ok(Selection::new(&self.switch, Choice::rows(&picks)))
     }

@@ -19,19 +19,6 @@ pub enum BiasMode {
     LoraOnly,
 }
 
-/// Which biases of the base are trained and saved with an adapter, by PEFT's names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum BiasMode {
-    /// `none` of them.
-    #[default]
-    None,
-    /// `all` of them.
-    All,
-    /// `lora_only`: those of the adapted layers.
-    LoraOnly,
-}
-
 /// Which linear layers get an adapter, and what kind of adapter.
 ///
 /// The fields are those of NeMo AutoModel's `PeftConfig`, with its names and meaning, and a

@@ -36,9 +36,18 @@ pub enum Error {
         /// What is wrong, and the way out.
         reason: String,
     },
+    /// A call for the adapters of a model without any.
+    #[error("the model has no adapter; `add_adapter` or `load_adapter` one first")]
+    NoAdapter,
     /// A change of the adapters while they are in the weights.
     #[error("the adapters are merged into the weights; `unmerge` first")]
     Merged,
+    /// A mixed batch is selected where one set of adapters is needed.
+    #[error(
+        "adapters are selected row by row, which makes no one weight; `set_adapters` those to \
+         merge, or name them"
+    )]
+    MixedBatch,
     /// A batch by rows that has none.
     #[error("a selection by rows needs at least one row")]
     NoRows,

@@ -1,16 +1,15 @@
 //! One adapter on one linear layer.
 
-use candle_core::{Device, Tensor, Var};
+use std::{ops::Range, sync::Arc};
+
+use candle_core::{DType, Device, Tensor, Var};
 
 use crate::{
     AdapterConfig, DropoutPosition, Mask, Result,
     adapter::LayerWeights,
     config::{is_adapter_dtype, scaling},
     dropout::Dropout,
-    op::{
-        compute_dtype,
-        parts::{Part, Ranges},
-    },
+    op::{compute_dtype, parts::Part},
     switch::AdapterId,
 };
 
@@ -177,23 +176,18 @@ impl LoraAdapter {
         vars
     }
 
-    /// `scaling · B A`, `[out, in]`, in f32 (f64 over an f64 base).
-    ///
-    /// # Errors
-    /// Those of the product.
-    pub fn delta_weight(&self) -> Result<Tensor> {
-        let dtype = compute_dtype(self.lora_a.dtype());
+    /// `scaling · B A`, `[out, in]`, computed in `dtype`.
+    pub(crate) fn delta_weight(&self, dtype: DType) -> Result<Tensor> {
         let a = self.lora_a.as_tensor().detach().to_dtype(dtype)?;
         let b = self.lora_b.as_tensor().detach().to_dtype(dtype)?;
         Ok((b.matmul(&a)? * self.scale())?)
     }
 
-    /// `scaling · c`, `[out]`, in f32 (f64 over an f64 base).
-    pub(crate) fn delta_bias(&self) -> Result<Option<Tensor>> {
+    /// `scaling · c`, `[out]`, computed in `dtype`.
+    pub(crate) fn delta_bias(&self, dtype: DType) -> Result<Option<Tensor>> {
         let Some(bias) = &self.lora_bias else {
             return Ok(None);
         };
-        let dtype = compute_dtype(bias.dtype());
         let bias = bias.as_tensor().detach().to_dtype(dtype)?;
         Ok(Some((bias * self.scale())?))
     }
@@ -214,7 +208,7 @@ impl LoraAdapter {
     }
 
     /// The adapter as a part of a sum, on all rows or some.
-    pub(crate) fn part(&self, rows: Option<Ranges>) -> Part<'_> {
+    pub(crate) fn part(&self, rows: Option<Arc<[Range<usize>]>>) -> Part<'_> {
         Part {
             a: self.lora_a.as_tensor(),
             b: self.lora_b.as_tensor(),
@@ -288,7 +282,10 @@ impl LoraAdapter {
             let Some(tensor) = tensor else {
                 return var.zeros_like();
             };
-            let tensor = tensor.detach().to_device(var.device())?.to_dtype(var.dtype())?;
+            let tensor = tensor
+                .detach()
+                .to_device(var.device())?
+                .to_dtype(var.dtype())?;
             let mut padded = tensor.force_contiguous()?;
             for dim in 0..var.rank() {
                 padded = padded.pad_with_zeros(dim, 0, var.dim(dim)? - padded.dim(dim)?)?;
@@ -368,7 +365,9 @@ fn check(path: &str, weight: &Tensor, layer: &LayerWeights) -> Result<(), String
         }
         if !is_adapter_dtype(tensor.dtype()) {
             let dtype = tensor.dtype().as_str();
-            return Err(format!("`{path}.{name}` is of {dtype}, which can't be trained"));
+            return Err(format!(
+                "`{path}.{name}` is of {dtype}, which can't be trained"
+            ));
         }
     }
     if rank == 0 {

@@ -11,7 +11,8 @@ use std::{
 use candle_core::bail;
 
 use crate::{
-    Error, Result,
+    BiasMode, Error, ModulePath, Result,
+    adapter::{AdapterWeights, Origin},
     saved::SavedParameters,
     selection::{Choice, Pick, scoped},
     suggest::nearest_names,
@@ -28,13 +29,45 @@ impl AdapterId {
     }
 }
 
+/// The name of an adapter that is given none.
+pub(crate) const DEFAULT: &str = "default";
+
 /// What the switch knows of an adapter.
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub name: Arc<str>,
+    pub about: About,
     /// Paths of the linear layers whose weight or bias it replaces; no two adapters that do so at
     /// one layer can be summed.
     pub replaces: BTreeSet<String>,
+}
+
+impl Entry {
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            about: About::default(),
+            replaces: BTreeSet::new(),
+        }
+    }
+}
+
+/// What an adapter folder says of an adapter beside its tensors.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct About {
+    pub bias: BiasMode,
+    pub modules_to_save: Vec<String>,
+    pub origin: Origin,
+}
+
+impl From<&AdapterWeights> for About {
+    fn from(weights: &AdapterWeights) -> Self {
+        Self {
+            bias: weights.bias,
+            modules_to_save: weights.modules_to_save.clone(),
+            origin: weights.origin.clone(),
+        }
+    }
 }
 
 /// The names of a model's adapters and what is selected, behind one lock.
@@ -59,13 +92,7 @@ pub(crate) struct State {
 impl Switch {
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
-            state: RwLock::new(State {
-                ids: HashMap::new(),
-                adapters: BTreeMap::new(),
-                current: Choice::none(),
-                disabled: false,
-                saved: None,
-            }),
+            state: RwLock::new(State::new()),
             merged: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
         })
@@ -135,9 +162,7 @@ impl Switch {
             let reason = "is not there any more; select again";
             return Err(Error::adapter(&pick.name, reason));
         }
-        if !state.disabled {
-            state.agrees(&choice)?;
-        }
+        state.agrees(&choice)?;
         state.current = choice;
         Ok(())
     }
@@ -158,13 +183,25 @@ impl Switch {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Says that no layer listens any more: a selection of it that is still in use is an error.
+    /// Says that no layer listens any more, and forgets all adapters: a selection of them that is
+    /// still in use is an error.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
+        *self.write() = State::new();
     }
 }
 
 impl State {
+    fn new() -> Self {
+        Self {
+            ids: HashMap::new(),
+            adapters: BTreeMap::new(),
+            current: Choice::none(),
+            disabled: false,
+            saved: None,
+        }
+    }
+
     /// The adapters in the order of addition.
     pub fn adapters(&self) -> impl Iterator<Item = (AdapterId, &Entry)> {
         self.adapters.iter().map(|(id, entry)| (*id, entry))
@@ -181,6 +218,23 @@ impl State {
                 let reason = format!("is unknown; {}", nearest_names(name, names));
                 Err(Error::adapter(name, reason))
             }
+        }
+    }
+
+    /// The name of an adapter; empty if it is unknown.
+    pub fn name(&self, id: AdapterId) -> &str {
+        self.adapters.get(&id).map_or("", |entry| &entry.name)
+    }
+
+    /// What is known of an adapter.
+    pub fn about(&self, id: AdapterId) -> About {
+        let entry = self.adapters.get(&id);
+        entry.map(|entry| entry.about.clone()).unwrap_or_default()
+    }
+
+    pub fn set_about(&mut self, id: AdapterId, about: About) {
+        if let Some(entry) = self.adapters.get_mut(&id) {
+            entry.about = about;
         }
     }
 
@@ -223,6 +277,13 @@ impl State {
             return Err(Error::adapter(name.escape_debug(), reason));
         }
         Ok(())
+    }
+
+    /// Notes that an adapter replaces parameters of the linear layer at `path`.
+    pub fn add_replaced(&mut self, id: AdapterId, path: &ModulePath) {
+        if let Some(entry) = self.adapters.get_mut(&id) {
+            entry.replaces.insert(path.to_string());
+        }
     }
 
     pub fn insert(&mut self, id: AdapterId, entry: Entry) {
@@ -269,9 +330,15 @@ impl State {
 
     /// An error if `choice` needs other parameters outside of linear layers than the model has.
     fn agrees(&self, choice: &Choice) -> Result<()> {
-        match &self.saved {
-            Some(saved) if choice.has_on_all_rows(saved.owner) != Some(saved.placed) => {
-                let name = &self.adapters[&saved.owner].name;
+        let Some(saved) = &self.saved else {
+            return Ok(());
+        };
+        match choice.has_on_all_rows(saved.owner) {
+            // Enabling puts in place what is selected then.
+            Some(_) if self.disabled => Ok(()),
+            Some(selected) if selected == saved.placed => Ok(()),
+            _ => {
+                let name = self.name(saved.owner);
                 let reason = format!(
                     "trains `{}`, which is no linear layer's and is switched by `set_adapter`, \
                      `disable_adapters` and the like only, on all rows of a batch alike",
@@ -279,7 +346,6 @@ impl State {
                 );
                 Err(Error::adapter(name, reason))
             }
-            _ => Ok(()),
         }
     }
 }
