@@ -22,6 +22,7 @@
 mod cuda;
 mod expand;
 mod frozen;
+pub(crate) mod parts;
 mod path;
 pub(crate) mod shared;
 mod thin;

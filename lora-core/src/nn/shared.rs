@@ -3,7 +3,10 @@
 use candle_core::{Module, Result, Tensor, bail};
 
 use super::Linear;
-use crate::op::shared::{self, Member};
+use crate::{
+    linear_lora::Sharing,
+    op::shared::{self, Member},
+};
 
 /// The outputs of several layers for one input: q, k and v of attention, gate and up of an MLP.
 ///
@@ -34,21 +37,20 @@ use crate::op::shared::{self, Member};
 /// # Errors
 /// Those of the layers.
 pub fn forward_shared<const N: usize>(layers: [&Linear; N], xs: &Tensor) -> Result<[Tensor; N]> {
-    let sharing = layers.map(|layer| layer.sharing());
+    let mut sharing = Vec::with_capacity(N);
+    for layer in layers {
+        sharing.push(layer.sharing()?);
+    }
     let mut outputs = Vec::with_capacity(N);
     if sharing.iter().flatten().count() < 2 {
         for layer in layers {
             outputs.push(layer.forward(xs)?);
         }
     } else {
-        for lora in sharing.into_iter().flatten() {
-            lora.check_input(xs)?;
+        for layer in sharing.iter().flatten() {
+            layer.check_input(xs)?;
         }
-        let members: Vec<Member> = sharing
-            .into_iter()
-            .flatten()
-            .map(|lora| lora.member())
-            .collect();
+        let members: Vec<Member> = sharing.iter().flatten().map(Sharing::member).collect();
         let mut together = shared::apply(xs, &members)?.into_iter();
         for (layer, sharing) in layers.into_iter().zip(sharing) {
             outputs.push(match sharing.and_then(|_| together.next()) {
