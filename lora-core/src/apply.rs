@@ -91,7 +91,7 @@ fn untrained(survey: &Survey, saved: &Saved) -> Error {
     Error::Config { field, reason }
 }
 
-fn already_adapted(path: &str) -> Error {
+pub(crate) fn already_adapted(path: &str) -> Error {
     let reason = "it carries an adapter already; take it off with `remove_adapters` first";
     Error::module(path, reason)
 }
