@@ -64,7 +64,7 @@
 //!
 //! - [`LoraTargets`]: the trait, its derive and the verbs of a model.
 //! - [`targets!`]: target names checked by the compiler; [`Glob`] is their rule.
-//! - [`PeftConfig`]: what to adapt, and how.
+//! - [`PeftConfig`]: what to adapt, and how; [`LoraPlan`]: what will come of it.
 //! - [`LinearLoRA`]: the adapted layer, and its formula.
 //! - [`nn`]: layers and functions of candle_nn's names that have a backward pass.
 //! - [`registry`]: the adaptable models linked into a program.
@@ -80,7 +80,6 @@ mod dropout;
 mod error;
 mod glob;
 mod gradients;
-mod hf_config;
 mod init;
 mod join;
 mod linear_lora;
@@ -89,6 +88,7 @@ pub mod nn;
 mod op;
 mod path;
 mod philox;
+mod plan;
 mod registry;
 mod report;
 mod saved;
@@ -116,8 +116,10 @@ pub use lora_derive::LoraTargets;
 pub use op::ComputePath;
 pub use path::ModulePath;
 pub use philox::philox;
+pub use plan::{LoraPlan, PlannedAdapter, PlannedTensor, SkippedLayer, TrainedFor};
 pub use registry::{Registration, registry};
 pub use report::{LoraReport, LoraSite};
+pub use select::NotAdapted;
 pub use selection::Selection;
 pub use targets::LoraTargets;
 pub use tree::{Field, TargetTree};

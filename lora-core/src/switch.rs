@@ -216,7 +216,7 @@ impl State {
             }),
             None => {
                 let names = self.adapters.values().map(|entry| &*entry.name);
-                let reason = format!("is unknown; {}", nearest_names(name, names));
+                let reason = format!("is unknown; nearest: {}", nearest_names(name, names));
                 Err(Error::adapter(name, reason))
             }
         }

@@ -10,9 +10,9 @@ use std::path::Path;
 use candle_core::{Var, backprop::GradStore};
 
 use crate::{
-    AdapterStatus, Adapters, LinearLoRA, LoraReport, ModulePath, PeftConfig, Result,
-    adapter::AdapterWeights, adapter_folder, apply, gradients, nn::Linear, tree::TargetTree, verbs,
-    visit::Visitor,
+    AdapterStatus, Adapters, LinearLoRA, LoraPlan, LoraReport, ModulePath, PeftConfig, Result,
+    adapter::AdapterWeights, adapter_folder, apply, gradients, nn::Linear, plan, tree::TargetTree,
+    verbs, visit::Visitor,
 };
 
 /// A model, or a part of one, whose linear layers can be adapted.
@@ -64,6 +64,18 @@ pub trait LoraTargets {
         self.for_each_linear(&mut |_, linear| linear.lora_mut().map_or(Ok(()), &mut *visit))
     }
 
+    /// What [`apply_lora`](Self::apply_lora) would do, without doing it: nothing is allocated for
+    /// an adapter.
+    ///
+    /// # Errors
+    /// Those of `apply_lora`, before there is anything to undo.
+    fn lora_plan(&mut self, config: &PeftConfig) -> Result<LoraPlan>
+    where
+        Self: Sized,
+    {
+        plan::plan(self, config)
+    }
+
     /// Freezes the whole model and attaches an adapter, in training mode, to every linear layer
     /// that `config` names: NeMo AutoModel's `apply_lora_to_linear_modules`. The adapter is called
     /// `default` and is active.
@@ -113,7 +125,7 @@ pub trait LoraTargets {
     /// Adds an adapter of given numbers, in evaluation mode, which is not active yet.
     ///
     /// # Errors
-    /// An [`Error::Adapter`](crate::Error::Adapter) that names every tensor without a place in the
+    /// An [`Error::NamedAdapter`](crate::Error::NamedAdapter) that names every tensor without a place in the
     /// model and every one that does not fit; else as of [`add_adapter`](Self::add_adapter). The
     /// model is then unchanged.
     fn import_adapter(&mut self, name: &str, weights: &AdapterWeights) -> Result<LoraReport>
@@ -182,7 +194,7 @@ pub trait LoraTargets {
     ///
     /// # Errors
     /// If the name is unknown; if the model is merged; an
-    /// [`Error::Adapter`](crate::Error::Adapter) that names every layer which is not in place and
+    /// [`Error::NamedAdapter`](crate::Error::NamedAdapter) that names every layer which is not in place and
     /// every tensor that does not fit. The adapter is then unchanged.
     fn swap_adapter(&mut self, name: &str, weights: &AdapterWeights) -> Result<()> {
         verbs::swap(self, name, weights)
