@@ -12,7 +12,6 @@ use crate::{
     PeftConfig, Result, Visitor,
     join::switch_of,
     nn::Linear,
-    op::compute_dtype,
     saved::{SavedParameter, SavedParameters},
     select::{select, select_saved},
     survey::Survey,
@@ -82,8 +81,7 @@ pub(crate) fn add<M: LoraTargets>(
         let parameter = &survey.tensors[saved.index];
         let (path, tensor) = (&parameter.path, &parameter.tensor);
         if survey.sites.iter().any(|site| site.path == *path) {
-            let dtype = compute_dtype(tensor.dtype());
-            addition.train(path, &parameter.name, &tensor.detach().to_dtype(dtype)?)?;
+            addition.train(path, &parameter.name, tensor)?;
         } else {
             addition.save(format!("{path}.{}", parameter.name), tensor, tensor)?;
         }
@@ -189,14 +187,16 @@ pub(crate) fn attach<M: LoraTargets>(
         replaces: trained.keys().cloned().collect(),
         ..Entry::new(name)
     };
-    if let (Some(saved), Some(key)) = (&switch.read().saved, parameters.keys().next()) {
+    let state = switch.read();
+    if let (Some(saved), Some(key)) = (&state.saved, parameters.keys().next()) {
         let reason = format!(
             "can't train `{key}`, which is no linear layer's: `{}` has such parameters already, \
              and one adapter of a model can",
-            switch.read().name(saved.owner)
+            state.name(saved.owner)
         );
         return Err(Error::adapter(name, reason));
     }
+    drop(state);
     let mut attach = Attach {
         switch: switch.clone(),
         loras,
