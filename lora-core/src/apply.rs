@@ -12,6 +12,7 @@ use crate::{
     PeftConfig, Result, Visitor,
     join::switch_of,
     nn::Linear,
+    op::compute_dtype,
     saved::{SavedParameter, SavedParameters},
     select::{select, select_saved},
     survey::Survey,
@@ -81,7 +82,9 @@ pub(crate) fn add<M: LoraTargets>(
         let parameter = &survey.tensors[saved.index];
         let (path, tensor) = (&parameter.path, &parameter.tensor);
         if survey.sites.iter().any(|site| site.path == *path) {
-            addition.train(path, &parameter.name, tensor)?;
+            // As adapters do, it learns in f32 over a half type.
+            let dtype = compute_dtype(tensor.dtype());
+            addition.train(path, &parameter.name, &tensor.detach().to_dtype(dtype)?)?;
         } else {
             addition.save(format!("{path}.{}", parameter.name), tensor, tensor)?;
         }
