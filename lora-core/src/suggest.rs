@@ -63,6 +63,13 @@ pub const fn no_match(tree: &TargetTree, model: &str, pattern: &str) -> Message 
     nearest.message(model)
 }
 
+/// Those of `names` that come nearest to `name`, for a sentence.
+pub(crate) fn nearest_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> String {
+    let mut nearest = Nearest::new(name);
+    names.for_each(|name| nearest.offer(name));
+    nearest.offers()
+}
+
 /// The paths that come nearest to a pattern, best first.
 pub struct Nearest<'a> {
     pattern: &'a str,
