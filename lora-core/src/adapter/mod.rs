@@ -101,7 +101,9 @@ impl FromStr for Profile {
         match name {
             "peft" => Ok(Self::Peft),
             "universal" => Ok(Self::Universal),
-            _ => Err(format!("unknown profile `{name}`; known are peft, universal")),
+            _ => Err(format!(
+                "unknown profile `{name}`; known are peft, universal"
+            )),
         }
     }
 }

@@ -1,3 +1,8 @@
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "a list of one range is what is meant"
+)]
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 use super::*;
