@@ -1,0 +1,4 @@
+//! Adapters in models that know nothing of them.
+
+mod merged;
+mod transformers;
