@@ -1,10 +1,10 @@
 //! What to adapt and how: NeMo AutoModel's `PeftConfig`.
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::Error as _};
 use serde_json::{Map, Value};
 
-use crate::{DropoutPosition, Error, LoraInit, Result};
+use crate::{DropoutPosition, Error, LoraInit, Result, op::compute_dtype};
 
 /// Which biases of the base are trained and saved with an adapter, by PEFT's names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,29 +64,35 @@ pub enum BiasMode {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(try_from = "Fields")]
 pub struct PeftConfig {
-    fields: Fields,
+    pub(crate) fields: Fields,
 }
 
+/// The values of [`PeftConfig`], checked or not.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-struct Fields {
+pub(crate) struct Fields {
     #[serde(deserialize_with = "one_or_many")]
-    target_modules: Vec<String>,
+    pub(crate) target_modules: Vec<String>,
     #[serde(deserialize_with = "one_or_many")]
-    exclude_modules: Vec<String>,
-    match_all_linear: bool,
-    dim: usize,
+    pub(crate) exclude_modules: Vec<String>,
+    pub(crate) match_all_linear: bool,
+    pub(crate) dim: usize,
     #[serde(serialize_with = "integer_if_whole")]
-    alpha: f64,
-    dropout: f64,
-    dropout_position: DropoutPosition,
+    pub(crate) alpha: f64,
+    pub(crate) dropout: f64,
+    pub(crate) dropout_position: DropoutPosition,
     #[serde(rename = "lora_A_init")]
-    lora_a_init: LoraInit,
+    pub(crate) lora_a_init: LoraInit,
     #[serde(with = "dtype_name")]
-    lora_dtype: Option<DType>,
+    pub(crate) lora_dtype: Option<DType>,
     #[serde(alias = "use_triton")]
-    use_fused: bool,
-    seed: u64,
+    pub(crate) use_fused: bool,
+    pub(crate) seed: u64,
+    pub(crate) use_rslora: bool,
+    pub(crate) lora_bias: bool,
+    pub(crate) bias: BiasMode,
+    #[serde(deserialize_with = "one_or_many")]
+    pub(crate) modules_to_save: Vec<String>,
 }
 
 impl Default for Fields {
@@ -103,6 +109,10 @@ impl Default for Fields {
             lora_dtype: None,
             use_fused: true,
             seed: 0,
+            use_rslora: false,
+            lora_bias: false,
+            bias: BiasMode::None,
+            modules_to_save: Vec::new(),
         }
     }
 }
@@ -182,6 +192,30 @@ impl PeftConfig {
         self
     }
 
+    /// Scales by `alpha / √rank` and not by `alpha / rank`.
+    pub fn use_rslora(mut self, rslora: bool) -> Self {
+        self.fields.use_rslora = rslora;
+        self
+    }
+
+    /// Gives every adapter a bias `[out]` of its own, which is scaled with it.
+    pub fn lora_bias(mut self, lora_bias: bool) -> Self {
+        self.fields.lora_bias = lora_bias;
+        self
+    }
+
+    /// Chooses the biases of the base that are trained with the adapters.
+    pub fn bias(mut self, bias: BiasMode) -> Self {
+        self.fields.bias = bias;
+        self
+    }
+
+    /// Names the modules that are trained whole and saved with the adapters.
+    pub fn modules_to_save(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.fields.modules_to_save = names.into_iter().map(Into::into).collect();
+        self
+    }
+
     /// The patterns of the layers to adapt.
     pub fn target_modules(&self) -> &[String] {
         &self.fields.target_modules
@@ -198,9 +232,10 @@ impl PeftConfig {
             || self.fields.target_modules.is_empty() && !self.fields.exclude_modules.is_empty()
     }
 
-    /// `alpha / dim`.
+    /// What an adapter of the default rank and alpha is scaled by: `alpha / dim`, or with rsLoRA
+    /// `alpha / √dim`.
     pub fn scaling(&self) -> f64 {
-        self.fields.alpha / self.fields.dim as f64
+        scaling(self.fields.alpha, self.fields.dim, self.fields.use_rslora)
     }
 
     /// What each adapter looks like.
@@ -218,6 +253,8 @@ impl PeftConfig {
             lora_dtype: fields.lora_dtype,
             use_fused: fields.use_fused,
             seed: fields.seed,
+            rslora: fields.use_rslora,
+            lora_bias: fields.lora_bias,
         }
         .checked()
     }
@@ -296,12 +333,62 @@ pub struct AdapterConfig {
     pub(crate) lora_dtype: Option<DType>,
     pub(crate) use_fused: bool,
     pub(crate) seed: u64,
+    pub(crate) rslora: bool,
+    pub(crate) lora_bias: bool,
+}
+
+/// The shape of an adapter on a given layer, its rank apart.
+pub(crate) struct AdapterShape {
+    pub inputs: usize,
+    pub outputs: usize,
+    /// The type of the adapter's numbers.
+    pub dtype: DType,
 }
 
 impl AdapterConfig {
+    /// What the adapter's output is multiplied by: `alpha / dim`, or with rsLoRA `alpha / √dim`.
+    pub fn scaling(&self) -> f64 {
+        scaling(self.alpha, self.dim, self.rslora)
+    }
+
+    /// The shape of the adapter on the layer at `path` with this `weight`.
+    ///
+    /// # Errors
+    /// If the layer can't have one.
+    pub(crate) fn fit(&self, path: &str, weight: &Tensor) -> Result<AdapterShape> {
+        let (outputs, inputs) = weight.dims2().map_err(|_| {
+            let shape = weight.shape();
+            let reason = format!("the weight has shape {shape:?}; it must be [out, in]");
+            Error::module(path, reason)
+        })?;
+        if !is_adapter_dtype(weight.dtype()) {
+            let reason = format!("a base of {} can't be adapted", weight.dtype().as_str());
+            return Err(Error::module(path, reason));
+        }
+        // The numbers are drawn in f64, and a vector holds at most `isize::MAX` bytes.
+        let parameters = inputs.checked_add(outputs);
+        let parameters = parameters.and_then(|numbers| self.dim.checked_mul(numbers));
+        if parameters.is_none_or(|numbers| numbers > isize::MAX as usize / 8) {
+            let reason = format!("an adapter of rank {} would fit in no memory", self.dim);
+            return Err(Error::module(path, reason));
+        }
+        Ok(AdapterShape {
+            inputs,
+            outputs,
+            dtype: self.lora_dtype.unwrap_or(compute_dtype(weight.dtype())),
+        })
+    }
+
     pub(crate) fn checked(self) -> Result<Self> {
         if self.dim == 0 {
             return Err(config("dim", "the rank is 0; it must be at least 1"));
+        }
+        if self.lora_a_init == LoraInit::Orthogonal && self.dim % 2 == 1 {
+            let reason = format!(
+                "the rank is {}; lora_A_init = orthogonal halves it, so it must be even",
+                self.dim
+            );
+            return Err(config("dim", reason));
         }
         if !(self.alpha.is_finite() && self.alpha > 0.0) {
             let reason = format!(
@@ -322,6 +409,12 @@ impl AdapterConfig {
         }
         Ok(self)
     }
+}
+
+/// `alpha / rank`, or with rsLoRA `alpha / √rank` (Kalajdzievski 2023).
+pub(crate) fn scaling(alpha: f64, rank: usize, rslora: bool) -> f64 {
+    let rank = rank as f64;
+    alpha / if rslora { rank.sqrt() } else { rank }
 }
 
 const DTYPES: &str = "float32, float64, bfloat16 or float16";

@@ -1,23 +1,29 @@
 //! Which linear layers a configuration names.
 
+use std::collections::HashSet;
+
 use regex::Regex;
 
 use crate::{
-    Error, Glob, LoraTargets, PeftConfig, Result,
+    AdapterConfig, BiasMode, Error, Glob, LoraTargets, PeftConfig, Result,
     glob::MAX_PATTERN,
     suggest::{Nearest, no_match},
-    survey::Site,
+    survey::{Parameter, Site, Survey},
 };
 
-/// For each site, whether `config` adapts it.
+/// For each site, the adapter that `config` gives it, if any.
 ///
 /// `exclude_modules` wins; `match_all_linear` leaves the output head alone; every pattern must
 /// name something.
-pub(crate) fn select<M: LoraTargets>(config: &PeftConfig, sites: &[Site]) -> Result<Vec<bool>> {
+pub(crate) fn select<M: LoraTargets>(
+    config: &PeftConfig,
+    sites: &[Site],
+) -> Result<Vec<Option<AdapterConfig>>> {
+    let adapter = config.adapter()?;
     let targets = patterns::<M>("target_modules", config.target_modules(), sites)?;
     let excluded = patterns::<M>("exclude_modules", config.exclude_modules(), sites)?;
     let named = |patterns: &[Pattern], site: &Site| patterns.iter().any(|p| p.matches(&site.path));
-    let chosen: Vec<bool> = sites
+    let chosen: Vec<_> = sites
         .iter()
         .map(|site| {
             let wanted = if config.match_all_linear() {
@@ -25,10 +31,10 @@ pub(crate) fn select<M: LoraTargets>(config: &PeftConfig, sites: &[Site]) -> Res
             } else {
                 named(&targets, site)
             };
-            wanted && !named(&excluded, site)
+            (wanted && !named(&excluded, site)).then(|| adapter.clone())
         })
         .collect();
-    if chosen.contains(&true) {
+    if chosen.iter().any(Option::is_some) {
         return Ok(chosen);
     }
     Err(Error::NoMatch(if sites.is_empty() {
@@ -40,6 +46,74 @@ pub(crate) fn select<M: LoraTargets>(config: &PeftConfig, sites: &[Site]) -> Res
             config.exclude_modules(),
         )
     }))
+}
+
+/// A parameter of the base that is trained whole, beside the adapters.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    /// Its place in [`Survey::tensors`].
+    pub index: usize,
+    pub reason: SavedFor,
+}
+
+/// Why a parameter of the base is trained whole.
+#[derive(Debug)]
+pub(crate) enum SavedFor {
+    /// This entry of `modules_to_save` names its module, or one above.
+    Module(String),
+    /// `bias` asks for it.
+    Bias,
+}
+
+/// The parameters of the base that `config` trains whole, in the model's order, with `chosen` from
+/// [`select`].
+pub(crate) fn select_saved<M: LoraTargets>(
+    config: &PeftConfig,
+    chosen: &[Option<AdapterConfig>],
+    survey: &Survey,
+) -> Result<Vec<Saved>> {
+    let adapted: HashSet<&str> = survey
+        .sites
+        .iter()
+        .zip(chosen)
+        .filter(|(_, adapter)| adapter.is_some())
+        .map(|(site, _)| site.path.as_str())
+        .collect();
+    let entries = &config.fields.modules_to_save;
+    let reason = |parameter: &Parameter| {
+        let entry = entries
+            .iter()
+            .find(|entry| is_below(&parameter.path, entry));
+        let bias = match config.fields.bias {
+            BiasMode::None => false,
+            BiasMode::All => true,
+            BiasMode::LoraOnly => adapted.contains(parameter.path.as_str()),
+        };
+        match entry {
+            Some(entry) => Some(SavedFor::Module(entry.clone())),
+            None if bias && parameter.name == "bias" => Some(SavedFor::Bias),
+            None => None,
+        }
+    };
+    Ok(survey
+        .tensors
+        .iter()
+        .enumerate()
+        .filter_map(|(index, parameter)| {
+            let reason = reason(parameter)?;
+            Some(Saved { index, reason })
+        })
+        .collect())
+}
+
+/// Whether the module at `path` is one that `entry` names, or below it. An entry is the path of a
+/// module, or its end from a dot.
+fn is_below(path: &str, entry: &str) -> bool {
+    let ends = path.match_indices('.').map(|(end, _)| end);
+    ends.chain([path.len()]).any(|end| {
+        let parent = path[..end].strip_suffix(entry);
+        parent.is_some_and(|parent| parent.is_empty() || parent.ends_with('.'))
+    })
 }
 
 /// A pattern that runs over whole paths.
