@@ -10,6 +10,7 @@
 //! | [`settings`], [`trainer`], [`optimizer`] | a training run that can be resumed |
 //! | [`generate`], [`evaluate`] | greedy decoding, accuracy |
 //! | [`plot`] | the loss curve |
+//! | [`merge_folder`] | adapters in a base model's folder |
 //! | [`cli`], [`files`] | devices and exit codes; files that are either old or new |
 
 #![forbid(unsafe_code)]
@@ -25,6 +26,7 @@ pub mod files;
 pub mod generate;
 pub mod gguf;
 pub mod hf_folder;
+pub mod merge_folder;
 pub mod model;
 pub mod optimizer;
 pub mod plot;

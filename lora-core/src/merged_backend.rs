@@ -129,6 +129,20 @@ impl MergedAdapters {
         if prefix.is_empty() { vb } else { vb.pp(prefix) }
     }
 
+    /// Whether a base model's tensor `name` changes: [`merge`](Self::merge) need only be asked then.
+    ///
+    /// # Errors
+    /// If the adapters have apart what the base model keeps fused in this tensor.
+    pub fn changes(&self, name: &str) -> Result<bool> {
+        // Asked for, but not given.
+        self.shared.asked().entry(name.to_string()).or_default();
+        let changes = self.shared.changes.contains_key(name);
+        if !changes {
+            self.shared.refuse_fused(name)?;
+        }
+        Ok(changes)
+    }
+
     /// The tensor that takes the place of a base model's tensor `name`, of its shape and type;
     /// `None` if no adapter changes it. This is what [`var_builder`](Self::var_builder) gives to a
     /// model that asks for it, for those who hold tensors and not a model.
