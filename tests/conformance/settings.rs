@@ -1,11 +1,12 @@
 //! Adapters that PEFT saved with each of its settings: the function, its gradients, the merge.
 
 use lora_core::LoraTargets;
+use lora_examples::any_model::AnyModel;
 
-use crate::support::{Case, Model};
+use crate::support::{Case, open};
 
-fn load(case: &Case) -> Model {
-    let mut model = Model::open(&case.base);
+fn load(case: &Case) -> AnyModel {
+    let mut model = open(&case.base);
     let loaded = model.load_adapter(case.dir());
     loaded.unwrap_or_else(|error| panic!("{}: {error}", case.name));
     model

@@ -4,7 +4,7 @@ use std::{collections::HashMap, fs, path::PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use lora_core::LoraTargets;
-use lora_examples::{bert::Bert, hf_folder::HfFolder, model::CausalLm, weights::var_builder};
+use lora_examples::any_model::AnyModel;
 use lora_tests::relative_error;
 use serde_json::Value;
 
@@ -33,46 +33,14 @@ pub fn folders(name: &str) -> Vec<String> {
     names
 }
 
-/// A model of either family.
-#[derive(LoraTargets)]
-pub enum Model {
-    Llama(#[lora(flatten)] CausalLm),
-    Bert(#[lora(flatten)] Bert),
-}
-
-impl Model {
-    /// `encoder` and `classifier` are BERTs; the others are in `golden/llama`.
-    pub fn open(name: &str) -> Self {
-        match name {
-            "encoder" | "classifier" => {
-                let folder = golden("settings").join(name);
-                Self::Bert(Bert::open(&folder, DType::F32, &Device::Cpu).unwrap())
-            }
-            _ => {
-                let folder = golden("llama").join(name);
-                let config = HfFolder::read_config(&folder).unwrap();
-                let weights = std::sync::Arc::new(HfFolder::open(&folder).unwrap());
-                let vb = var_builder(weights, DType::F32, &Device::Cpu);
-                Self::Llama(CausalLm::new(&config, vb).unwrap())
-            }
-        }
-    }
-
-    /// Logits `[batch, tokens, vocab]`, hidden states `[batch, tokens, hidden]` or class scores
-    /// `[batch, labels]`.
-    pub fn forward(&self, ids: &Tensor, mask: Option<&Tensor>) -> Tensor {
-        let ids = ids.to_dtype(DType::U32).unwrap();
-        match self {
-            Self::Bert(model) => model.forward(&ids, mask).unwrap(),
-            Self::Llama(model) => {
-                let (batch, tokens) = ids.dims2().unwrap();
-                let ids = ids.flatten_all().unwrap();
-                let hidden = model.hidden_states(&ids, &vec![tokens; batch]).unwrap();
-                let logits = model.logits(&hidden).unwrap();
-                logits.reshape((batch, tokens, ())).unwrap()
-            }
-        }
-    }
+/// A base model: `encoder` and `classifier` are BERTs, the others are in `golden/llama`.
+pub fn open(name: &str) -> AnyModel {
+    let family = match name {
+        "encoder" | "classifier" => "settings",
+        _ => "llama",
+    };
+    let folder = golden(family).join(name);
+    AnyModel::open(&folder, DType::F32, &Device::Cpu).unwrap()
 }
 
 /// One adapter of `golden/settings`.
@@ -105,7 +73,7 @@ impl Case {
         cases
             .into_iter()
             .filter(|c| {
-                let mut m = Model::open(&c.base);
+                let mut m = open(&c.base);
                 match m.load_adapter(c.dir()) {
                     Ok(_) => true,
                     Err(e) => {
@@ -121,9 +89,10 @@ impl Case {
         golden(&self.name)
     }
 
-    pub fn forward(&self, model: &Model) -> Tensor {
+    pub fn forward(&self, model: &AnyModel) -> Tensor {
         let expected = &self.expected;
-        model.forward(&expected["input_ids"], expected.get("attention_mask"))
+        let (ids, mask) = (&expected["input_ids"], expected.get("attention_mask"));
+        model.forward(ids, mask).unwrap()
     }
 
     /// `got` is within `bound` of the tensor `name`, relative to its norm.
