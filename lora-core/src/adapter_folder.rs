@@ -28,7 +28,14 @@ const PREFIX: &str = "base_model.model.";
 pub(crate) fn save<M: LoraTargets>(model: &mut M, dir: &Path) -> Result<()> {
     let (mut sites, mut dropout, mut tensors) = (Vec::new(), 0.0, BTreeMap::new());
     model.for_each_adapter(&mut |lora| {
-        sites.push(LoraSite::of(lora));
+        sites.push(LoraSite {
+            // The file says no rsLoRA, and scales by `alpha / rank` alone.
+            alpha: match lora.is_rslora() {
+                true => lora.scaling() * lora.rank() as f64,
+                false => lora.alpha(),
+            },
+            ..LoraSite::of(lora)
+        });
         dropout = lora.dropout();
         for (name, var) in [("lora_A", lora.lora_a()), ("lora_B", lora.lora_b())] {
             let key = format!("{PREFIX}{}.{name}.weight", lora.path());
@@ -224,6 +231,9 @@ fn adapter(site: &Site, pair: &Pair, settings: &HfSettings) -> Result<LinearLoRA
         lora_dtype: Some(a.dtype()),
         use_fused: true,
         seed: 0,
+        // `settings.alpha` has the root of the rank in it.
+        rslora: false,
+        lora_bias: false,
     };
     let build = || {
         let on_device = |tensor: &Tensor| tensor.to_device(site.weight.device());

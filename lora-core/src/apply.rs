@@ -6,7 +6,10 @@ use candle_core::{Tensor, TensorId};
 
 use crate::{
     AdapterConfig, Error, LinearLoRA, LoraReport, LoraSite, LoraTargets, ModulePath, PeftConfig,
-    Result, Visitor, nn::Linear, select::select, survey::Survey,
+    Result, Visitor,
+    nn::Linear,
+    select::{Saved, SavedFor, select, select_saved},
+    survey::{Parameter, Survey},
 };
 
 /// Adapts one layer: NeMo AutoModel's `patch_linear_module`. `path` names it in errors and seeds
@@ -36,18 +39,17 @@ pub fn patch_linear_module(path: &str, linear: &mut Linear, config: &AdapterConf
 /// The body of [`LoraTargets::apply_lora`].
 pub(crate) fn apply<M: LoraTargets>(model: &mut M, config: &PeftConfig) -> Result<LoraReport> {
     config.validate()?;
-    let adapter = config.adapter()?;
     let survey = Survey::of(model)?;
     let chosen = select::<M>(config, &survey.sites)?;
+    if let Some(saved) = select_saved::<M>(config, &chosen, &survey)?.first() {
+        return Err(untrained(&survey, saved));
+    }
     let mut adapters = Vec::new();
-    for (site, _) in survey
-        .sites
-        .iter()
-        .zip(chosen)
-        .filter(|(_, chosen)| *chosen)
-    {
-        let (weight, bias) = (site.weight.clone(), site.bias.clone());
-        adapters.push(LinearLoRA::new(&site.path, weight, bias, &adapter)?);
+    for (site, adapter) in survey.sites.iter().zip(chosen) {
+        if let Some(adapter) = adapter {
+            let (weight, bias) = (site.weight.clone(), site.bias.clone());
+            adapters.push(LinearLoRA::new(&site.path, weight, bias, &adapter)?);
+        }
     }
     attach(model, &survey, adapters)
 }
@@ -76,7 +78,20 @@ pub(crate) fn attach<M: LoraTargets>(
     Ok(report)
 }
 
-fn already_adapted(path: &str) -> Error {
+/// Training parameters of the base beside the adapters is refused rather than forgotten.
+fn untrained(survey: &Survey, saved: &Saved) -> Error {
+    let Parameter { path, name, .. } = &survey.tensors[saved.index];
+    let (field, setting) = match &saved.reason {
+        SavedFor::Module(entry) => ("modules_to_save", format!("`{entry}`")),
+        SavedFor::Bias => ("bias", "its value".to_string()),
+    };
+    let reason = format!(
+        "{setting} asks for `{path}.{name}` to be trained, and only adapters are: leave it out"
+    );
+    Error::Config { field, reason }
+}
+
+pub(crate) fn already_adapted(path: &str) -> Error {
     let reason = "it carries an adapter already; take it off with `remove_adapters` first";
     Error::module(path, reason)
 }

@@ -64,7 +64,7 @@
 //!
 //! - [`LoraTargets`]: the trait, its derive and the verbs of a model.
 //! - [`targets!`]: target names checked by the compiler; [`Glob`] is their rule.
-//! - [`PeftConfig`]: what to adapt, and how.
+//! - [`PeftConfig`]: what to adapt, and how; [`LoraPlan`]: what will come of it.
 //! - [`LinearLoRA`]: the adapted layer, and its formula.
 //! - [`nn`]: layers and functions of candle_nn's names that have a backward pass.
 //! - [`registry`]: the adaptable models linked into a program.
@@ -85,6 +85,7 @@ pub mod nn;
 mod op;
 mod path;
 mod philox;
+mod plan;
 mod registry;
 mod report;
 mod select;
@@ -95,7 +96,7 @@ mod tree;
 mod visit;
 
 pub use apply::patch_linear_module;
-pub use config::{AdapterConfig, PeftConfig};
+pub use config::{AdapterConfig, BiasMode, PeftConfig};
 pub use dropout::{DropoutPosition, Mask};
 pub use error::{Error, Result};
 pub use glob::Glob;
@@ -104,8 +105,10 @@ pub use linear_lora::LinearLoRA;
 pub use lora_derive::LoraTargets;
 pub use path::ModulePath;
 pub use philox::philox;
+pub use plan::{LoraPlan, PlannedAdapter, PlannedTensor, SkippedLayer, TrainedFor};
 pub use registry::{Registration, registry};
 pub use report::{LoraReport, LoraSite};
+pub use select::NotAdapted;
 pub use targets::LoraTargets;
 pub use tree::{Field, TargetTree};
 pub use visit::Visitor;

@@ -6,7 +6,7 @@ use candle_core::{Module, Tensor, Var, bail};
 
 use crate::{
     AdapterConfig, DropoutPosition, Error, Result,
-    config::is_adapter_dtype,
+    config::scaling,
     dropout::Dropout,
     op::{FrozenLinear, LoraLinear, compute_dtype},
 };
@@ -44,6 +44,7 @@ pub struct LinearLoRA {
     lora_a: Var,
     lora_b: Var,
     alpha: f64,
+    rslora: bool,
     dropout: Dropout,
     dropout_position: DropoutPosition,
     fused: bool,
@@ -63,24 +64,13 @@ impl LinearLoRA {
         bias: Option<Tensor>,
         config: &AdapterConfig,
     ) -> Result<Self> {
-        let (outputs, inputs) = weight.dims2().map_err(|_| {
-            Error::module(
-                path,
-                format!(
-                    "the weight has shape {:?}; it must be [out, in]",
-                    weight.shape()
-                ),
-            )
-        })?;
-        if !is_adapter_dtype(weight.dtype()) {
-            let reason = format!("a base of {} can't be adapted", weight.dtype().as_str());
-            return Err(Error::module(path, reason));
+        let fresh = config.draw(path, &weight)?;
+        if fresh.bias.is_some() {
+            let reason = "an adapter has no bias of its own: leave it out".to_string();
+            let field = "lora_bias";
+            return Err(Error::Config { field, reason });
         }
-        let (device, init) = (weight.device(), config.lora_a_init);
-        let dtype = config.lora_dtype.unwrap_or(compute_dtype(weight.dtype()));
-        let lora_a = init.draw((config.dim, inputs), config.seed, path, dtype, device)?;
-        let lora_b = Tensor::zeros((outputs, config.dim), dtype, device)?;
-        Self::from_tensors(path, weight, bias, (lora_a, lora_b), config)
+        Self::from_tensors(path, weight, bias, (fresh.a, fresh.b), config)
     }
 
     /// An adapter of given tensors, `A [rank, in]` and `B [out, rank]`.
@@ -97,6 +87,7 @@ impl LinearLoRA {
             lora_a: Var::from_tensor(&lora_a)?,
             lora_b: Var::from_tensor(&lora_b)?,
             alpha: config.alpha,
+            rslora: config.rslora,
             dropout: Dropout::new(config.dropout, config.seed, path),
             dropout_position: config.dropout_position,
             fused: config.use_fused,
@@ -140,9 +131,14 @@ impl LinearLoRA {
         self.alpha
     }
 
-    /// What the adapter's output is multiplied by: `alpha / rank`.
+    /// Whether the scaling is rsLoRA's.
+    pub fn is_rslora(&self) -> bool {
+        self.rslora
+    }
+
+    /// What the adapter's output is multiplied by: `alpha / rank`, or with rsLoRA `alpha / √rank`.
     pub fn scaling(&self) -> f64 {
-        self.alpha / self.rank() as f64
+        scaling(self.alpha, self.rank(), self.rslora)
     }
 
     /// The probability of dropout.

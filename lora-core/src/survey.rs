@@ -15,14 +15,25 @@ pub(crate) struct Site {
     pub adapted: bool,
 }
 
+/// A parameter of a model, be it of a linear layer or of another.
+pub(crate) struct Parameter {
+    /// The path of its module.
+    pub path: String,
+    /// Its name in the module: `weight` or `bias`.
+    pub name: String,
+    pub tensor: Tensor,
+}
+
 /// The linear layers of a model in declaration order, and the size of everything.
 #[derive(Default)]
 pub(crate) struct Survey {
     pub sites: Vec<Site>,
+    /// Everything that could be trained, adapters not counted, in declaration order.
+    pub tensors: Vec<Parameter>,
     /// Numbers in all layers, adapters not counted; a tensor that two layers share counts once.
     pub parameters: usize,
     paths: HashSet<String>,
-    tensors: HashSet<TensorId>,
+    counted: HashSet<TensorId>,
 }
 
 impl Survey {
@@ -33,10 +44,15 @@ impl Survey {
         Ok(survey)
     }
 
-    fn count(&mut self, tensor: &Tensor) {
-        if self.tensors.insert(tensor.id()) {
+    fn add(&mut self, path: &ModulePath, name: &str, tensor: &Tensor) {
+        if self.counted.insert(tensor.id()) {
             self.parameters += tensor.elem_count();
         }
+        self.tensors.push(Parameter {
+            path: path.to_string(),
+            name: name.to_string(),
+            tensor: tensor.clone(),
+        });
     }
 }
 
@@ -61,9 +77,9 @@ impl Visitor for Survey {
             Some(lora) => (lora.weight(), lora.bias()),
             None => (linear.weight(), linear.bias()),
         };
-        self.count(weight);
+        self.add(path, "weight", weight);
         if let Some(bias) = bias {
-            self.count(bias);
+            self.add(path, "bias", bias);
         }
         self.sites.push(Site {
             path: path.to_string(),
@@ -75,8 +91,8 @@ impl Visitor for Survey {
         Ok(())
     }
 
-    fn parameter(&mut self, _: &ModulePath, _: &str, tensor: &mut Tensor) -> Result<()> {
-        self.count(tensor);
+    fn parameter(&mut self, path: &ModulePath, name: &str, tensor: &mut Tensor) -> Result<()> {
+        self.add(path, name, tensor);
         Ok(())
     }
 }
