@@ -2,5 +2,6 @@
 //! `tests/golden/README.md`. The table in `tests/README.md` says which behaviour is tested where.
 
 mod base;
+mod plan;
 mod settings;
 mod support;

@@ -32,7 +32,7 @@ COMBINED = {
     "one": dict(r=3, lora_alpha=6, target_modules=["q_proj", "o_proj"]),
     "two": dict(r=3, lora_alpha=9, target_modules=["q_proj", "o_proj"]),
 }
-WEIGHTS = [0.7, -1.25]
+WEIGHTS, POSITIVE = [0.7, -1.25], [0.7, 1.25]
 
 
 def model_with(adapters, seed):
@@ -90,28 +90,24 @@ def together(model):
 
 
 def combined(model):
-    """The change of each weight, `s B A`, by what PEFT gets right.
+    """The change of each weight, `s B A`, by the combinations whose result is what their name says.
 
-    Its svd and ties_svd scale twice, so those are run at a scaling of 1 (`one` and `two` are of
-    scaling 2 and 3); its linear has cross terms, so that is summed here from PEFT's own deltas.
+    PEFT's linear has cross terms, and its ties of the factors is none of their product: these are
+    left out. With a negative weight its ties elects signs that the weighted deltas do not have.
     """
-    names, layers = list(COMBINED), settings.lora_layers(model)
-    model.add_weighted_adapter(names, WEIGHTS, "cat", combination_type="cat")
-    deltas = lambda name: {path: layer.get_delta_weight(name).detach() for path, layer in layers.items()}
-    found = {name: deltas(name) for name in [*names, "cat"]}
-    found["linear"] = {
-        path: sum(weight * found[name][path] for weight, name in zip(WEIGHTS, names)) for path in layers
+    layers = settings.lora_layers(model)
+    methods = {
+        "cat": (WEIGHTS, dict(combination_type="cat")),
+        "svd": (WEIGHTS, dict(combination_type="svd", svd_rank=2)),
+        "ties": (POSITIVE, dict(combination_type="ties_svd", density=0.5, svd_rank=24)),  # of all 24
     }
-    for layer in layers.values():
-        layer.scaling |= dict.fromkeys(names, 1.0)
-    for name, options in {
-        "svd2": dict(combination_type="svd", svd_rank=2),
-        "ties": dict(combination_type="ties", density=0.5),
-        "ties_of_deltas": dict(combination_type="ties_svd", density=0.5, svd_rank=24),  # nothing is cut off
-    }.items():
-        model.add_weighted_adapter(names, WEIGHTS, name, **options)
-        found[name] = deltas(name)
-    return {f"{name}.{path}": t.contiguous() for name, of in found.items() for path, t in of.items()}
+    for name, (weights, options) in methods.items():
+        model.add_weighted_adapter(list(COMBINED), weights, name, **options)
+    return {
+        f"{name}.{path}": layer.get_delta_weight(name).detach().contiguous()
+        for name in [*COMBINED, *methods]
+        for path, layer in layers.items()
+    }
 
 
 def write():
