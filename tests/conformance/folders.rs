@@ -42,6 +42,16 @@ fn every_form_of_a_folder_reads_to_the_same_adapter() {
 }
 
 #[test]
+fn adapters_of_older_releases_read_to_the_same_adapter() {
+    let want = AdapterWeights::read(golden("llama/untied/qv")).unwrap();
+    for version in ["0.2.0", "0.5.0", "0.10.0"] {
+        let got = AdapterWeights::read(golden("old").join(version));
+        let got = got.unwrap_or_else(|error| panic!("{version}: {error}"));
+        assert_same(version, &got, &want, 0.0);
+    }
+}
+
+#[test]
 fn the_least_configuration_takes_pefts_defaults() {
     let adapter = AdapterWeights::read(golden("folders/read/minimal")).unwrap();
     assert_eq!(adapter.layers.len(), 2);

@@ -70,17 +70,11 @@ def half(out):
 
 
 def with_names(out):
-    """PEFT before 0.3 kept the adapter's name in the keys, and wrote fewer fields."""
-    out.mkdir(parents=True)
-    tensors = load_file(llama.OUT / BASE / "qv" / "adapter_model.safetensors")
+    """By hand: keys as in the model, where the adapter's name is a part. PEFT loads them too."""
+    shutil.copytree(llama.OUT / BASE / "qv", out, ignore=shutil.ignore_patterns("expected*"))
+    tensors = load_file(out / "adapter_model.safetensors")
     named = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
     save_file(named, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    fields = dict(
-        base_model_name_or_path=BASE, bias="none", enable_lora=None, fan_in_fan_out=False, inference_mode=True,
-        lora_alpha=10, lora_dropout=0.0, merge_weights=False, modules_to_save=None, peft_type="LORA", r=4,
-        target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
-    )  # fmt: skip
-    write_json(out / "adapter_config.json", fields)
 
 
 def minimal(out):
