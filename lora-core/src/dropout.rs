@@ -62,6 +62,14 @@ impl Dropout {
         self.probability
     }
 
+    /// The same counter with another probability.
+    pub fn with_probability(&self, probability: f64) -> Self {
+        Self {
+            probability,
+            ..self.clone()
+        }
+    }
+
     /// The mask of the next forward pass; `None` if nothing is ever dropped.
     pub fn next(&self) -> Option<Mask> {
         let mask = Mask::new(self.probability, self.seed, self.site, 0)?;

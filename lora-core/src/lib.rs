@@ -70,7 +70,9 @@
 //! - [`registry`]: the adaptable models linked into a program.
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 mod adapter_folder;
+mod adapters;
 mod apply;
 mod atomic;
 mod config;
@@ -80,7 +82,9 @@ mod glob;
 mod gradients;
 mod hf_config;
 mod init;
+mod join;
 mod linear_lora;
+mod lora_adapter;
 pub mod nn;
 mod op;
 mod path;
@@ -88,13 +92,19 @@ mod philox;
 mod plan;
 mod registry;
 mod report;
+mod saved;
 mod select;
+mod selection;
 mod suggest;
 mod survey;
+mod switch;
 mod targets;
+mod trained;
 mod tree;
+mod verbs;
 mod visit;
 
+pub use adapters::Adapters;
 pub use apply::patch_linear_module;
 pub use config::{AdapterConfig, BiasMode, PeftConfig};
 pub use dropout::{DropoutPosition, Mask};
@@ -102,6 +112,7 @@ pub use error::{Error, Result};
 pub use glob::Glob;
 pub use init::LoraInit;
 pub use linear_lora::LinearLoRA;
+pub use lora_adapter::LoraAdapter;
 pub use lora_derive::LoraTargets;
 pub use path::ModulePath;
 pub use philox::philox;
@@ -109,8 +120,10 @@ pub use plan::{LoraPlan, PlannedAdapter, PlannedTensor, SkippedLayer, TrainedFor
 pub use registry::{Registration, registry};
 pub use report::{LoraReport, LoraSite};
 pub use select::NotAdapted;
+pub use selection::Selection;
 pub use targets::LoraTargets;
 pub use tree::{Field, TargetTree};
+pub use verbs::AdapterStatus;
 pub use visit::Visitor;
 
 /// Not public API. Used by generated code.

@@ -20,6 +20,7 @@
 
 mod expand;
 mod frozen;
+pub(crate) mod parts;
 mod thin;
 
 use candle_core::{

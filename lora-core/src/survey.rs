@@ -73,7 +73,7 @@ impl Visitor for Survey {
             );
             return Err(Error::module(path, reason));
         }
-        let (weight, bias) = match linear.lora() {
+        let (weight, bias) = match linear.adapted() {
             Some(lora) => (lora.weight(), lora.bias()),
             None => (linear.weight(), linear.bias()),
         };
@@ -86,7 +86,7 @@ impl Visitor for Survey {
             head: path.is_head(),
             weight: weight.clone(),
             bias: bias.cloned(),
-            adapted: linear.lora().is_some(),
+            adapted: linear.adapted().is_some(),
         });
         Ok(())
     }
