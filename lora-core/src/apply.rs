@@ -216,7 +216,7 @@ pub(crate) fn attach<M: LoraTargets>(
     Ok(report)
 }
 
-fn already_adapted(path: &str) -> Error {
+pub(crate) fn already_adapted(path: &str) -> Error {
     let reason = "it carries an adapter already; take it off with `remove_adapters` first";
     Error::module(path, reason)
 }

@@ -64,7 +64,7 @@
 //!
 //! - [`LoraTargets`]: the trait, its derive and the verbs of a model.
 //! - [`targets!`]: target names checked by the compiler; [`Glob`] is their rule.
-//! - [`PeftConfig`]: what to adapt, and how.
+//! - [`PeftConfig`]: what to adapt, and how; [`LoraPlan`]: what will come of it.
 //! - [`LinearLoRA`]: the adapted layer, and its formula.
 //! - [`nn`]: layers and functions of candle_nn's names that have a backward pass.
 //! - [`registry`]: the adaptable models linked into a program.
@@ -90,6 +90,7 @@ pub mod nn;
 mod op;
 mod path;
 mod philox;
+mod plan;
 mod registry;
 mod report;
 mod saved;
@@ -117,8 +118,10 @@ pub use lora_derive::LoraTargets;
 pub use merged_backend::MergedAdapters;
 pub use path::ModulePath;
 pub use philox::philox;
+pub use plan::{LoraPlan, PlannedAdapter, PlannedTensor, SkippedLayer, TrainedFor};
 pub use registry::{Registration, registry};
 pub use report::{LoraReport, LoraSite};
+pub use select::NotAdapted;
 pub use selection::Selection;
 pub use targets::LoraTargets;
 pub use tree::{Field, TargetTree};

@@ -130,6 +130,16 @@ impl<'a> Nearest<'a> {
         }
     }
 
+    /// The paths, for a sentence of another kind.
+    pub fn offers(&self) -> String {
+        let quoted = |path: &Path| format!("`{}`", String::from_utf8_lossy(path.as_bytes()));
+        let offers: Vec<String> = self.best[..self.count].iter().map(quoted).collect();
+        match offers.is_empty() {
+            true => "none".to_string(),
+            false => offers.join(", "),
+        }
+    }
+
     const fn offer_tree(&mut self, tree: &TargetTree, path: Path) {
         match tree {
             TargetTree::Empty => {}

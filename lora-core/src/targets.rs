@@ -10,8 +10,9 @@ use std::path::Path;
 use candle_core::{Var, backprop::GradStore};
 
 use crate::{
-    AdapterStatus, Adapters, LinearLoRA, LoraReport, ModulePath, PeftConfig, Result,
-    adapter::AdapterWeights, adapter_folder, apply, gradients, nn::Linear, tree::TargetTree, verbs,
+    AdapterStatus, Adapters, LinearLoRA, LoraPlan, LoraReport, ModulePath, PeftConfig, Result,
+    adapter::AdapterWeights, adapter_folder, apply, gradients, nn::Linear, plan, tree::TargetTree,
+    verbs,
     visit::Visitor,
 };
 
@@ -62,6 +63,18 @@ pub trait LoraTargets {
         visit: &mut dyn FnMut(&mut LinearLoRA) -> Result<()>,
     ) -> Result<()> {
         self.for_each_linear(&mut |_, linear| linear.lora_mut().map_or(Ok(()), &mut *visit))
+    }
+
+    /// What [`apply_lora`](Self::apply_lora) would do, without doing it: nothing is allocated for
+    /// an adapter.
+    ///
+    /// # Errors
+    /// Those of `apply_lora`, before there is anything to undo.
+    fn lora_plan(&mut self, config: &PeftConfig) -> Result<LoraPlan>
+    where
+        Self: Sized,
+    {
+        plan::plan(self, config)
     }
 
     /// Freezes the whole model and attaches an adapter, in training mode, to every linear layer
