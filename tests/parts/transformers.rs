@@ -1,8 +1,12 @@
 //! Models of candle_transformers, as they are, with adapters merged in.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    path::PathBuf,
+};
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, IndexOp, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{bert, llama};
 use lora_core::{MergedAdapters, adapter::AdapterWeights};
@@ -259,5 +263,62 @@ fn a_layer_that_a_model_ties_away_is_an_error() -> anyhow::Result<()> {
         error.contains("`lm_head.weight`: the model has no such tensor"),
         "{error}"
     );
+    Ok(())
+}
+
+fn golden(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden").join(path)
+}
+
+/// The tensors of a file in the folder of golden files.
+fn tensors(file: &str) -> anyhow::Result<HashMap<String, Tensor>> {
+    Ok(candle_core::safetensors::load(golden(file), &DEV)?)
+}
+
+fn config<T: serde::de::DeserializeOwned>(folder: &str) -> anyhow::Result<T> {
+    let text = fs::read(golden(folder).join("config.json"))?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+#[test]
+fn llama_with_pefts_adapter_gives_pefts_logits() -> anyhow::Result<()> {
+    let config = config::<llama::LlamaConfig>("llama/untied")?.into_config(false);
+    for name in ["qv", "seven"] {
+        let folder = format!("llama/untied/{name}");
+        let adapter = AdapterWeights::read(golden(&folder))?;
+        let expected = tensors(&format!("{folder}/expected.safetensors"))?;
+        let merged = MergedAdapters::new([(adapter, 1.0)])?;
+        let base = tensors("llama/untied/model.safetensors")?;
+        let vb = merged.var_builder(VarBuilder::from_tensors(base, DType::F32, &DEV));
+        let model = llama::Llama::load(vb, &config)?;
+        merged.finish()?;
+        let ids = expected["input_ids"].to_dtype(DType::U32)?;
+        let mut cache = llama::Cache::new(false, DType::F32, &config, &DEV)?;
+        let logits = model.forward(&ids, 0, &mut cache)?; // of the last token
+        let last = expected["logits"].i((.., ids.dim(1)? - 1))?;
+        let error = relative_error(&logits, &last);
+        assert!(error < 1e-5, "{name}: {error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn bert_with_pefts_adapter_gives_pefts_states() -> anyhow::Result<()> {
+    let config = config::<bert::Config>("settings/encoder")?;
+    for name in ["lora_bias", "lora_bias_rslora", "bias_all", "bias_lora_only", "patterns"] {
+        let folder = format!("settings/encoder/{name}");
+        let adapter = AdapterWeights::read(golden(&folder))?;
+        let expected = tensors(&format!("{folder}/expected.safetensors"))?;
+        let merged = MergedAdapters::new([(adapter, 1.0)])?;
+        let base = tensors("settings/encoder/model.safetensors")?;
+        let vb = merged.var_builder(VarBuilder::from_tensors(base, DType::F32, &DEV));
+        let model = bert::BertModel::load(vb, &config)?;
+        merged.finish()?;
+        let [ids, mask] = ["input_ids", "attention_mask"].map(|name| expected[name].to_dtype(DType::U32));
+        let ids = ids?;
+        let states = model.forward(&ids, &ids.zeros_like()?, Some(&mask?))?;
+        let error = relative_error(&states, &expected["output"]);
+        assert!(error < 1e-5, "{name}: {error}");
+    }
     Ok(())
 }
