@@ -89,6 +89,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Something that adapters apart from a model don't allow.
+    #[error("{0}")]
+    Adapter(String),
     /// An error of a tensor operation.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
