@@ -12,11 +12,12 @@
 //! | [`settings`], [`trainer`], [`optimizer`] | a training run that can be resumed |
 //! | [`generate`], [`evaluate`] | greedy decoding, accuracy |
 //! | [`plot`] | the loss curve |
-//! | [`merge_folder`] | adapters in a base model's folder |
+//! | [`adapter_cli`], [`merge_folder`] | adapters without their model |
 //! | [`cli`], [`files`] | devices and exit codes; files that are either old or new |
 
 #![forbid(unsafe_code)]
 
+pub mod adapter_cli;
 pub mod any_model;
 pub mod batch;
 pub mod bert;
