@@ -68,7 +68,7 @@ pub(crate) fn load_as<M: LoraTargets>(model: &mut M, name: &str, dir: &Path) -> 
 /// The error of an adapter that does not fit the model, with the folder that it is from.
 fn in_folder(dir: &Path, error: Error) -> Error {
     match error {
-        Error::Adapter { reason, .. } => Error::file(dir, reason),
+        Error::NamedAdapter { reason, .. } => Error::file(dir, reason),
         other => other,
     }
 }

@@ -30,7 +30,7 @@ pub enum Error {
     },
     /// Something with an adapter that is called by its name.
     #[error("adapter `{name}`: {reason}")]
-    Adapter {
+    NamedAdapter {
         /// The name.
         name: String,
         /// What is wrong, and the way out.
@@ -106,7 +106,7 @@ impl Error {
     }
 
     pub(crate) fn adapter(name: impl ToString, reason: impl Into<String>) -> Self {
-        Self::Adapter {
+        Self::NamedAdapter {
             name: name.to_string(),
             reason: reason.into(),
         }

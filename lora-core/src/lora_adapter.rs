@@ -129,6 +129,9 @@ impl LoraAdapter {
 
     /// What the adapter's output is multiplied by: `alpha / rank`, or with rsLoRA `alpha / √rank`.
     pub fn scaling(&self) -> f64 {
+        if self.is_idle() {
+            return 0.0;
+        }
         scaling(self.alpha, self.rank, self.rslora)
     }
 
@@ -176,25 +179,20 @@ impl LoraAdapter {
         vars
     }
 
-    /// `scaling · B A`, `[out, in]`, computed in `dtype`.
-    pub(crate) fn delta_weight(&self, dtype: DType) -> Result<Tensor> {
+    /// `weight · scaling · B A`, `[out, in]`, computed in `dtype`.
+    pub(crate) fn delta_weight(&self, weight: f64, dtype: DType) -> Result<Tensor> {
         let a = self.lora_a.as_tensor().detach().to_dtype(dtype)?;
         let b = self.lora_b.as_tensor().detach().to_dtype(dtype)?;
-        Ok((b.matmul(&a)? * self.scale())?)
+        Ok((b.matmul(&a)? * (self.scaling() * weight))?)
     }
 
-    /// `scaling · c`, `[out]`, computed in `dtype`.
-    pub(crate) fn delta_bias(&self, dtype: DType) -> Result<Option<Tensor>> {
+    /// `weight · scaling · c`, `[out]`, computed in `dtype`.
+    pub(crate) fn delta_bias(&self, weight: f64, dtype: DType) -> Result<Option<Tensor>> {
         let Some(bias) = &self.lora_bias else {
             return Ok(None);
         };
         let bias = bias.as_tensor().detach().to_dtype(dtype)?;
-        Ok(Some((bias * self.scale())?))
-    }
-
-    /// The scaling, or zero for an adapter without a rank.
-    fn scale(&self) -> f64 {
-        if self.is_idle() { 0.0 } else { self.scaling() }
+        Ok(Some((bias * (self.scaling() * weight))?))
     }
 
     /// The mask of the next forward pass.
@@ -208,19 +206,19 @@ impl LoraAdapter {
     }
 
     /// The adapter as a part of a sum, on all rows or some.
-    pub(crate) fn part(&self, rows: Option<Arc<[Range<usize>]>>) -> Part<'_> {
+    pub(crate) fn part(&self, weight: f64, rows: Option<Arc<[Range<usize>]>>) -> Part<'_> {
         Part {
             a: self.lora_a.as_tensor(),
             b: self.lora_b.as_tensor(),
             bias: self.lora_bias.as_ref().map(Var::as_tensor),
-            scaling: self.scaling(),
+            scaling: self.scaling() * weight,
             dropout: self.mask(),
             rows,
         }
     }
 
     /// What it adds to the output for `xs`, composed of candle's operations, in the compute type.
-    pub(crate) fn composed(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+    pub(crate) fn composed(&self, xs: &Tensor, weight: f64) -> candle_core::Result<Tensor> {
         let dtype = compute_dtype(xs.dtype());
         let dropout = self.mask();
         let masked = |xs: Tensor, position| match dropout {
@@ -236,7 +234,7 @@ impl LoraAdapter {
         if let Some(bias) = &self.lora_bias {
             delta = delta.broadcast_add(&bias.to_dtype(dtype)?)?;
         }
-        masked((delta * self.scaling())?, DropoutPosition::Post)
+        masked((delta * (self.scaling() * weight))?, DropoutPosition::Post)
     }
 
     /// The numbers in use, on the CPU, as they are now.

@@ -37,8 +37,8 @@ pub(crate) const DEFAULT: &str = "default";
 pub(crate) struct Entry {
     pub name: Arc<str>,
     pub about: About,
-    /// Paths of the linear layers whose weight or bias it replaces; no two adapters that do so at
-    /// one layer can be summed.
+    /// Paths of the linear layers in whose place it has a weight or a bias of its own; no two
+    /// adapters that do so at one layer can be summed.
     pub replaces: BTreeSet<String>,
 }
 
@@ -212,6 +212,7 @@ impl State {
             Some((name, id)) => Ok(Pick {
                 id: *id,
                 name: name.clone(),
+                weight: 1.0,
             }),
             None => {
                 let names = self.adapters.values().map(|entry| &*entry.name);
@@ -238,29 +239,47 @@ impl State {
         }
     }
 
-    /// The sum of the adapters with these names.
-    pub fn sum(&self, names: &[impl AsRef<str>]) -> Result<Choice> {
+    /// The sum of the adapters with these names, each times a weight.
+    pub fn sum<'a>(&self, parts: impl IntoIterator<Item = (&'a str, f64)>) -> Result<Choice> {
         let mut picks = Vec::<Pick>::new();
-        for name in names {
-            let pick = self.pick(name.as_ref())?;
+        for (name, weight) in parts {
+            let pick = Pick {
+                weight,
+                ..self.pick(name)?
+            };
             if picks.iter().any(|other| other.id == pick.id) {
-                return Err(Error::adapter(&pick.name, "is named twice"));
+                return Err(Error::adapter(name, "is named twice"));
+            }
+            let replaces = self.replaces(pick.id);
+            if !weight.is_finite() {
+                let reason = format!("has the weight {weight}; it must be finite");
+                return Err(Error::adapter(name, reason));
+            }
+            if weight != 1.0
+                && let Some(key) = &replaces.first()
+            {
+                let reason = format!("replaces `{key}`, so that its weight can only be 1");
+                return Err(Error::adapter(name, reason));
+            }
+            for other in &picks {
+                if let Some(key) = self.replaces(other.id).intersection(&replaces).next() {
+                    let other = &other.name;
+                    let reason = format!("can't be summed with `{other}`: both replace `{key}`");
+                    return Err(Error::adapter(name, reason));
+                }
             }
             picks.push(pick);
         }
-        for (i, pick) in picks.iter().enumerate() {
-            for other in &picks[..i] {
-                let (one, two) = (&self.adapters[&other.id], &self.adapters[&pick.id]);
-                if let Some(path) = one.replaces.intersection(&two.replaces).next() {
-                    let reason = format!(
-                        "can't be summed with `{}`: both replace parameters of `{path}`",
-                        other.name
-                    );
-                    return Err(Error::adapter(&pick.name, reason));
-                }
-            }
-        }
         Ok(Choice::Sum(picks.into()))
+    }
+
+    /// Parameters of the base in whose place the adapter has others.
+    fn replaces(&self, id: AdapterId) -> BTreeSet<&str> {
+        let entry = self.adapters.get(&id).into_iter();
+        let keys = entry.flat_map(|entry| entry.replaces.iter().map(String::as_str));
+        let saved = self.saved.iter().filter(|saved| saved.owner == id);
+        keys.chain(saved.flat_map(|saved| saved.parameters.keys().map(String::as_str)))
+            .collect()
     }
 
     /// An error if `name` can't be that of a new adapter.
@@ -308,6 +327,7 @@ impl State {
             rest.extend(first.map(|(id, entry)| Pick {
                 id: *id,
                 name: entry.name.clone(),
+                weight: 1.0,
             }));
         }
         self.current = Choice::Sum(rest.into());

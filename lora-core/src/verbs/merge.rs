@@ -6,7 +6,7 @@ use super::roster::switch;
 use crate::{
     Error, LoraTargets, Result,
     join::switch_of,
-    saved::{merged_picks, settle},
+    saved::settle,
     selection::{Choice, Pick},
 };
 
@@ -15,15 +15,8 @@ pub(crate) fn merge_active<M: LoraTargets + ?Sized>(model: &mut M) -> Result<()>
     let Some(switch) = switch_of(model)? else {
         return Ok(());
     };
-    let picks = match &switch.read().current {
-        Choice::Sum(picks) => picks.to_vec(),
-        Choice::Rows(_) => return Err(Error::MixedBatch),
-    };
-    match merged_picks(model)? {
-        Some(merged) if same(&merged, &picks) => Ok(()),
-        Some(_) => Err(Error::Merged),
-        None => merge_picks(model, &picks),
-    }
+    let choice = switch.read().current.clone();
+    merge_choice(model, &choice)
 }
 
 /// The body of [`LoraTargets::merge_adapters`].
@@ -32,32 +25,32 @@ pub(crate) fn merge<M: LoraTargets + ?Sized>(
     names: &[impl AsRef<str>],
 ) -> Result<()> {
     let switch = switch(model)?;
-    let picks = match switch.read().sum(names)? {
-        Choice::Sum(picks) => picks.to_vec(),
-        Choice::Rows(_) => return Err(Error::MixedBatch),
-    };
-    match merged_picks(model)? {
-        Some(merged) if same(&merged, &picks) => Ok(()),
-        Some(_) => Err(Error::Merged),
-        None => merge_picks(model, &picks),
-    }
-}
-
-fn same(one: &[Pick], two: &[Pick]) -> bool {
-    one.iter()
-        .map(|pick| pick.id)
-        .eq(two.iter().map(|pick| pick.id))
+    let names = names.iter().map(|name| (name.as_ref(), 1.0));
+    let choice = switch.read().sum(names)?;
+    merge_choice(model, &choice)
 }
 
 /// Merges every layer that has any adapter, so that none goes on with what is selected.
-fn merge_picks<M: LoraTargets + ?Sized>(model: &mut M, picks: &[Pick]) -> Result<()> {
+fn merge_choice<M: LoraTargets + ?Sized>(model: &mut M, choice: &Choice) -> Result<()> {
+    let Choice::Sum(picks) = choice else {
+        return Err(Error::MixedBatch);
+    };
+    let parts = |picks: &[Pick]| -> Vec<_> {
+        let parts = picks.iter().map(|pick| (pick.id, pick.weight.to_bits()));
+        parts.collect()
+    };
     let mut merged = HashMap::new();
     model.for_each_linear(&mut |path, linear| {
-        if let Some(lora) = linear.adapted() {
-            merged.insert(path.to_string(), lora.merged(picks)?);
+        match (linear.merged_picks(), linear.adapted()) {
+            (Some(others), _) if parts(others) != parts(picks) => return Err(Error::Merged),
+            (None, Some(lora)) => drop(merged.insert(path.to_string(), lora.merged(picks)?)),
+            _ => {}
         }
         Ok(())
     })?;
+    if merged.is_empty() {
+        return Ok(());
+    }
     let switch = switch(model)?;
     model.for_each_linear(&mut |path, linear| {
         if let Some(merged) = merged.remove(path.as_str()) {
