@@ -1,6 +1,7 @@
 //! What the `lora` program does: work on adapters for which their files are enough.
 
 use std::fmt::Write;
+use std::path::Path;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -236,7 +237,12 @@ impl Diff {
         if self.json {
             return json(&difference);
         }
-        Ok(format!("{difference}\n"))
+        let same = if difference.is_none() {
+            "Both do the same, up to rounding\n"
+        } else {
+            ""
+        };
+        Ok(format!("{difference}\n{same}"))
     }
 }
 
@@ -283,13 +289,16 @@ impl Combine {
 impl FromStr for Weighted {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let (adapter, weight) = match text.rsplit_once('=') {
-            Some((adapter, weight)) => match weight.parse() {
-                Ok(weight) => (adapter, weight),
-                Err(_) => return Err(format!("`{weight}` is no number; say ADAPTER=WEIGHT")),
-            },
-            None => (text, 1.0),
+            // A folder may be called `lr=1e-4`.
+            Some((adapter, weight)) if !Path::new(text).exists() => {
+                let weight = weight
+                    .parse()
+                    .map_err(|_| format!("`{weight}` is no number; say ADAPTER=WEIGHT"))?;
+                (adapter, weight)
+            }
+            _ => (text, 1.0),
         };
         Ok(Self {
             adapter: adapter.into(),

@@ -163,19 +163,31 @@ impl MergedAdapters {
         self.shared.changes.keys().map(String::as_str)
     }
 
+    /// The names of the tensors that the adapters change and nobody asked for: what
+    /// [`finish`](Self::finish) refuses, for a model that is meant to do without, such as a BERT
+    /// without its pooler.
+    pub fn unused(&self) -> Vec<String> {
+        let asked = self.shared.asked();
+        let unused = self.names().filter(|name| asked.get(*name) != Some(&true));
+        unused.map(str::to_string).collect()
+    }
+
     /// Checks that everything in the adapters was asked for, and so merged. Call it when the model
     /// is built.
     ///
     /// # Errors
     /// An [`Error::Unmerged`] that names every tensor that nobody asked for.
     pub fn finish(&self) -> Result<()> {
-        let asked = self.shared.asked();
-        let unused = self.names().filter(|name| asked.get(*name) != Some(&true));
-        let problems = unused.map(|name| self.shared.why_unused(name, &asked));
-        match problems.collect::<Vec<_>>() {
-            problems if problems.is_empty() => Ok(()),
-            problems => Err(Error::Unmerged { problems }),
+        let (unused, asked) = (self.unused(), self.shared.asked());
+        if unused.is_empty() {
+            return Ok(());
         }
+        let problems = unused
+            .iter()
+            .map(|name| self.shared.why_unused(name, &asked));
+        Err(Error::Unmerged {
+            problems: problems.collect(),
+        })
     }
 }
 
