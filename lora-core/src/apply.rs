@@ -82,6 +82,7 @@ pub(crate) fn add<M: LoraTargets>(
         let parameter = &survey.tensors[saved.index];
         let (path, tensor) = (&parameter.path, &parameter.tensor);
         if survey.sites.iter().any(|site| site.path == *path) {
+            // As adapters do, it learns in f32 over a half type.
             let dtype = compute_dtype(tensor.dtype());
             addition.train(path, &parameter.name, &tensor.detach().to_dtype(dtype)?)?;
         } else {
@@ -189,14 +190,16 @@ pub(crate) fn attach<M: LoraTargets>(
         replaces: trained.keys().cloned().collect(),
         ..Entry::new(name)
     };
-    if let (Some(saved), Some(key)) = (&switch.read().saved, parameters.keys().next()) {
+    let state = switch.read();
+    if let (Some(saved), Some(key)) = (&state.saved, parameters.keys().next()) {
         let reason = format!(
             "can't train `{key}`, which is no linear layer's: `{}` has such parameters already, \
              and one adapter of a model can",
-            switch.read().name(saved.owner)
+            state.name(saved.owner)
         );
         return Err(Error::adapter(name, reason));
     }
+    drop(state);
     let mut attach = Attach {
         switch: switch.clone(),
         loras,

@@ -2,6 +2,8 @@
 
 mod table;
 
+use std::collections::HashSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -85,7 +87,8 @@ pub struct PlannedTensor {
     pub name: String,
     /// How many numbers it has.
     pub parameters: usize,
-    /// What they take up, in the base's type.
+    /// What they take up in the copy that is trained. It is of f32 (f64 over an f64 base) in a
+    /// linear layer, and of the base's type elsewhere.
     pub bytes: usize,
     /// What asks for it.
     pub reason: TrainedFor,
@@ -148,9 +151,14 @@ pub(crate) fn plan<M: LoraTargets>(model: &mut M, config: &PeftConfig) -> Result
     let survey = Survey::of(model)?;
     let choices = choose::<M>(config, &survey.sites)?;
     let chosen: Vec<_> = choices.iter().map(|choice| choice.clone().ok()).collect();
+    let linear: HashSet<&str> = survey.sites.iter().map(|site| site.path.as_str()).collect();
     let trained = select_saved::<M>(config, &chosen, &survey)?
         .into_iter()
-        .map(|saved| PlannedTensor::of(&survey.tensors[saved.index], saved.reason))
+        .map(|saved| {
+            let parameter = &survey.tensors[saved.index];
+            let is_linear = linear.contains(parameter.path.as_str());
+            PlannedTensor::of(parameter, is_linear, saved.reason)
+        })
         .collect();
     let (mut adapted, mut not_adapted) = (Vec::new(), Vec::new());
     for (site, choice) in survey.sites.iter().zip(choices) {
@@ -203,13 +211,17 @@ impl PlannedAdapter {
 }
 
 impl PlannedTensor {
-    fn of(parameter: &Parameter, reason: SavedFor) -> Self {
+    fn of(parameter: &Parameter, is_linear: bool, reason: SavedFor) -> Self {
         let parameters = parameter.tensor.elem_count();
+        let dtype = match is_linear {
+            true => compute_dtype(parameter.tensor.dtype()),
+            false => parameter.tensor.dtype(),
+        };
         Self {
             path: parameter.path.clone(),
             name: parameter.name.clone(),
             parameters,
-            bytes: parameters.saturating_mul(parameter.tensor.dtype().size_in_bytes()),
+            bytes: parameters.saturating_mul(dtype.size_in_bytes()),
             reason: match reason {
                 SavedFor::Module(entry) => TrainedFor::ModulesToSave(entry),
                 SavedFor::Bias => TrainedFor::Bias,

@@ -1,9 +1,13 @@
 //! The configuration itself: how it is read and written, and which fields go together.
 
-use lora_core::{BiasMode, LoraInit, PeftConfig};
+use std::{collections::HashMap, fs};
+
+use candle_core::DType;
+use lora_core::{BiasMode, LoraInit, LoraTargets, PeftConfig};
+use lora_tests::randn;
 use serde_json::{Value, json};
 
-use crate::model::read;
+use crate::model::{Paths, read};
 
 /// A configuration with every field of PEFT's set.
 fn full() -> PeftConfig {
@@ -213,4 +217,23 @@ fn a_pattern_that_is_given_twice_is_refused() {
         error.to_string().contains("the pattern `q` is given twice"),
         "{error}"
     );
+}
+
+/// `adapter_config.json` has PEFT's defaults and not ours: rank 8, alpha 8.
+#[test]
+fn a_minimal_adapter_config_means_rank_8_and_alpha_8() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = r#"{"peft_type": "LORA", "target_modules": ["q"]}"#;
+    fs::write(dir.path().join("adapter_config.json"), config).unwrap();
+    let key = |part: &str| format!("base_model.model.q.lora_{part}.weight");
+    let tensors = HashMap::from([
+        (key("A"), randn(1, (8, 3), DType::F32)),
+        (key("B"), randn(2, (4, 8), DType::F32)),
+    ]);
+    let file = dir.path().join("adapter_model.safetensors");
+    candle_core::safetensors::save(&tensors, file).unwrap();
+    let mut model = Paths::new(["q"]);
+    model.load_adapter(dir.path()).unwrap();
+    let lora = model.get("q").lora().unwrap();
+    assert_eq!((lora.rank(), lora.scaling()), (8, 1.0));
 }

@@ -1,7 +1,10 @@
 //! The plan: what it tells, and that it tells the truth without doing anything.
 
 use candle_core::{DType, Device, Tensor};
-use lora_core::{BiasMode, LoraInit, LoraPlan, LoraTargets, PeftConfig, nn::Linear};
+use lora_core::{
+    BiasMode, LoraInit, LoraPlan, LoraTargets, PeftConfig,
+    nn::{Linear, RmsNorm},
+};
 use proptest::prelude::*;
 
 use crate::model::{INNER, Paths, Transformer, WIDTH, WORDS, adapted, refusal};
@@ -54,6 +57,31 @@ fn half_and_double_bases_save_inputs_of_their_own_width() {
         let plan = model.lora_plan(&PeftConfig::new(["q"]).dim(2)).unwrap();
         assert_eq!(plan.adapted[0].saved_bytes_per_token, bytes, "{base:?}");
     }
+}
+
+#[test]
+fn what_is_trained_whole_is_counted_in_the_type_of_its_copy() {
+    #[derive(LoraTargets)]
+    struct Half {
+        norm: RmsNorm,
+        q: Linear,
+        #[lora(head)]
+        head: Linear,
+    }
+    let half = |shape: &[usize]| Tensor::zeros(shape, DType::BF16, &Device::Cpu).unwrap();
+    let mut model = Half {
+        norm: RmsNorm::new(half(&[5]), 1e-5),
+        q: Linear::new(half(&[5, 5]), None),
+        head: Linear::new(half(&[3, 5]), None),
+    };
+    let config = PeftConfig::new(["q"]).modules_to_save(["norm", "head"]);
+    let plan = model.lora_plan(&config).unwrap();
+    let sizes: Vec<_> = plan
+        .trained
+        .iter()
+        .map(|it| (it.parameters, it.bytes))
+        .collect();
+    assert_eq!(sizes, [(5, 2 * 5), (15, 4 * 15)]);
 }
 
 #[test]
