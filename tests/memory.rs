@@ -39,6 +39,8 @@ fn a_hundred_adapters_leave_no_memory_behind() {
     // Once before, so that threads and their buffers are there.
     model.add_adapter("first", &config).unwrap();
     model.forward(&xs).unwrap();
+    model.merge_adapters(&["first"]).unwrap();
+    model.unmerge().unwrap();
     let before = ALLOCATOR.allocated();
     let one = LAYERS * 2 * WIDTH * RANK * 4; // bytes
     for _ in 0..2 {
@@ -73,5 +75,6 @@ fn a_hundred_adapters_leave_no_memory_behind() {
     drop(weights);
     model.merge_adapters(&["first"]).unwrap();
     model.remove_adapters().unwrap();
-    assert!(ALLOCATOR.allocated() + one < before + SLACK);
+    let after = ALLOCATOR.allocated();
+    assert!(after + one < before + one / 4, "{after} + {one} > {before}");
 }

@@ -88,6 +88,7 @@ pub(crate) fn add<M: LoraTargets>(
         let parameter = &survey.tensors[saved.index];
         let (path, tensor) = (&parameter.path, &parameter.tensor);
         if survey.sites.iter().any(|site| site.path == *path) {
+            // As adapters do, it learns in f32 over a half type.
             let dtype = compute_dtype(tensor.dtype());
             addition.train(path, &parameter.name, &tensor.detach().to_dtype(dtype)?)?;
         } else {

@@ -255,6 +255,9 @@ impl LinearLoRA {
     pub(crate) fn detach(&mut self, id: AdapterId) {
         self.loras.retain(|lora| lora.id() != id);
         self.trained.retain(|trained| trained.id != id);
+        // A model has many layers, and once had many adapters perhaps.
+        self.loras.shrink_to_fit();
+        self.trained.shrink_to_fit();
     }
 
     /// Makes the layer listen to another switch, on which some adapters have other ids.

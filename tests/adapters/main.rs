@@ -1,5 +1,6 @@
 //! Several adapters on one model.
 
+mod folder;
 mod join;
 mod lora_bias;
 mod merge;

@@ -145,3 +145,59 @@ fn a_merged_layer_alone_is_completed_by_the_model() {
     assert!(model.layers[1].up_proj.is_merged());
     assert!(relative_error(&model.forward(&ids(1)).unwrap(), &want) < 1e-5);
 }
+
+#[test]
+fn merging_for_good_equals_merging_and_removes_the_wrappers() {
+    let config = PeftConfig::new(["q_proj"])
+        .lora_bias(true)
+        .modules_to_save(["head", "layers.0.norm"]);
+    let mut model = Model::with_three(DType::F32);
+    model.add("x", &config);
+    model.set_adapters(&["x", "b"]).unwrap();
+    let tensors = model.merged_tensors().unwrap();
+    let keys: Vec<&str> = tensors.keys().map(String::as_str).collect();
+    let want = [
+        "head.bias",
+        "head.weight",
+        "layers.0.norm.bias",
+        "layers.0.norm.weight",
+        "layers.0.q_proj.bias",
+        "layers.0.q_proj.weight",
+        "layers.0.up_proj.weight",
+        "layers.1.q_proj.bias",
+        "layers.1.q_proj.weight",
+        "layers.1.up_proj.weight",
+    ];
+    assert_eq!(keys, want);
+    model.merge().unwrap();
+    let merged = to_vec(&model.forward(&ids(2)).unwrap());
+    model.unmerge().unwrap();
+    model.merge_and_unload().unwrap();
+    assert_eq!(to_vec(&model.forward(&ids(2)).unwrap()), merged);
+    assert!(model.adapter_status().unwrap().is_empty());
+    model
+        .for_each_linear(&mut |path, linear| {
+            assert!(linear.lora().is_none() && !linear.is_merged(), "{path}");
+            if let Some(tensor) = tensors.get(&format!("{path}.weight")) {
+                assert_eq!(to_vec(linear.weight()), to_vec(tensor), "{path}");
+            }
+            Ok(())
+        })
+        .unwrap();
+
+    // A base that begins with those tensors is the same model.
+    let mut reloaded = Model::new(DType::F32);
+    reloaded.replace(&tensors);
+    assert_eq!(to_vec(&reloaded.forward(&ids(2)).unwrap()), merged);
+
+    // Nothing of it is trained any more, and it can be adapted again.
+    let gradients = |model: &mut Model| {
+        model.apply_lora(&PeftConfig::new(["q_proj"])).unwrap();
+        let loss = model.forward(&ids(2)).unwrap().sum_all().unwrap();
+        loss.backward().unwrap().get_ids().count()
+    };
+    assert_eq!(
+        gradients(&mut model),
+        gradients(&mut Model::new(DType::F32))
+    );
+}

@@ -1,8 +1,10 @@
 //! The model of the tests: linear layers with and without a bias, an embedding, two kinds of norm.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device, Module, Result, Tensor};
 use lora_core::{
-    LoraTargets, PeftConfig,
+    LoraTargets, ModulePath, PeftConfig, Visitor,
     nn::{Embedding, LayerNorm, Linear, RmsNorm},
 };
 use lora_tests::{randn, to_vec};
@@ -75,6 +77,35 @@ impl Model {
             let fresh = randn(seed + i as u32, var.shape(), var.dtype());
             var.set(&(fresh * 0.5).unwrap()).unwrap();
         }
+    }
+
+    /// Puts tensors in the places of those that they are named for.
+    pub fn replace(&mut self, tensors: &BTreeMap<String, Tensor>) {
+        struct Replace<'a>(&'a BTreeMap<String, Tensor>);
+
+        impl Visitor for Replace<'_> {
+            fn linear(&mut self, path: &ModulePath, linear: &mut Linear) -> lora_core::Result<()> {
+                let new = |name: &str| self.0.get(&format!("{path}.{name}"));
+                let weight = new("weight").unwrap_or(linear.weight()).clone();
+                *linear = Linear::new(weight, new("bias").or(linear.bias()).cloned());
+                Ok(())
+            }
+
+            fn parameter(
+                &mut self,
+                path: &ModulePath,
+                name: &str,
+                tensor: &mut Tensor,
+            ) -> lora_core::Result<()> {
+                if let Some(new) = self.0.get(&format!("{path}.{name}")) {
+                    *tensor = new.clone();
+                }
+                Ok(())
+            }
+        }
+
+        self.patch_linear(&mut ModulePath::root(), &mut Replace(tensors))
+            .unwrap();
     }
 
     /// What the model computes with these adapters, as `set_adapters` sees it.

@@ -49,21 +49,17 @@ pub(super) fn parse(key: &str) -> Result<Key, String> {
     if !key.split('.').all(plain) {
         return Err("has an empty or a foreign segment: it names no module".into());
     }
-    let unwrapped = key
-        .strip_prefix("module.")
-        .filter(|key| key.starts_with(PREFIX));
-    let key = unwrapped.unwrap_or(key);
-    let path = match key.strip_prefix(PREFIX) {
-        Some(path) => path,
-        None if key.starts_with("base_model.") => {
-            return Err(format!("has another prefix than `{PREFIX}`"));
-        }
-        None => key,
-    };
-    let mut segments: Vec<&str> = path
+    let segments: Vec<&str> = key
         .split('.')
         .filter(|segment| !WRAPPERS.contains(segment))
         .collect();
+    let mut segments = match segments.as_slice() {
+        ["module", "base_model", "model", path @ ..] | ["base_model", "model", path @ ..] => {
+            path.to_vec()
+        }
+        ["base_model", ..] => return Err(format!("has another prefix than `{PREFIX}`")),
+        path => path.to_vec(),
+    };
     if let Some(reason) = foreign(&segments) {
         return Err(reason.into());
     }

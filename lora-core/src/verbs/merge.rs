@@ -1,11 +1,14 @@
 //! Adapters in the weights.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
-use super::roster::switch;
+use candle_core::Tensor;
+
+use super::roster::{set_disabled, switch};
 use crate::{
-    Error, LoraTargets, Result,
+    Error, LoraTargets, ModulePath, Result, Visitor,
     join::switch_of,
+    nn::Linear,
     saved::settle,
     selection::{Choice, Pick},
 };
@@ -59,6 +62,70 @@ fn merge_choice<M: LoraTargets + ?Sized>(model: &mut M, choice: &Choice) -> Resu
         Ok(())
     })?;
     settle(model, &switch)
+}
+
+/// The body of [`LoraTargets::merged_tensors`].
+pub(crate) fn merged_tensors<M: LoraTargets + ?Sized>(
+    model: &mut M,
+) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = BTreeMap::new();
+    let Some(switch) = switch_of(model)? else {
+        return Ok(tensors);
+    };
+    let choice = switch.read().current.clone();
+    let Choice::Sum(picks) = &choice else {
+        return Err(Error::MixedBatch);
+    };
+    model.for_each_linear(&mut |path, linear| {
+        let Some(lora) = linear.adapted() else {
+            return Ok(());
+        };
+        let merged = lora.merged(picks)?;
+        if merged.weight().id() != lora.weight().id() {
+            tensors.insert(format!("{path}.weight"), merged.weight().clone());
+        }
+        let old = lora.bias().map(|bias| bias.id());
+        if let Some(bias) = merged.bias().filter(|bias| Some(bias.id()) != old) {
+            tensors.insert(format!("{path}.bias"), bias.clone());
+        }
+        Ok(())
+    })?;
+    if let Some(saved) = &switch.read().saved
+        && choice.contains(saved.owner)
+    {
+        for (key, parameter) in &saved.parameters {
+            let tensor = parameter.trained.as_tensor().detach();
+            tensors.insert(key.clone(), tensor.force_contiguous()?);
+        }
+    }
+    Ok(tensors)
+}
+
+/// The body of [`LoraTargets::merge_and_unload`].
+pub(crate) fn merge_and_unload<M: LoraTargets + ?Sized>(model: &mut M) -> Result<()> {
+    merge_active(model)?;
+    let Some(switch) = switch_of(model)? else {
+        return Ok(());
+    };
+    set_disabled(model, false)?;
+    model.patch_linear(&mut ModulePath::root(), &mut Unload)?;
+    switch.close();
+    Ok(())
+}
+
+/// Makes what acts what the model is made of.
+struct Unload;
+
+impl Visitor for Unload {
+    fn linear(&mut self, _: &ModulePath, linear: &mut Linear) -> Result<()> {
+        linear.unload();
+        Ok(())
+    }
+
+    fn parameter(&mut self, _: &ModulePath, _: &str, tensor: &mut Tensor) -> Result<()> {
+        *tensor = tensor.detach();
+        Ok(())
+    }
 }
 
 /// The body of [`LoraTargets::unmerge`].
