@@ -12,8 +12,7 @@ use candle_core::{Var, backprop::GradStore};
 use crate::{
     AdapterStatus, Adapters, LinearLoRA, LoraPlan, LoraReport, ModulePath, PeftConfig, Result,
     adapter::AdapterWeights, adapter_folder, apply, gradients, nn::Linear, plan, tree::TargetTree,
-    verbs,
-    visit::Visitor,
+    verbs, visit::Visitor,
 };
 
 /// A model, or a part of one, whose linear layers can be adapted.
