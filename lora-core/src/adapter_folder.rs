@@ -1,14 +1,14 @@
 //! Adapters from folders and into them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::{
     Adapters, Error, LoraReport, LoraTargets, Result,
-    adapter::{AdapterWeights, Profile},
+    adapter::{AdapterWeights, Profile, Reading},
     join::switch_of,
     select::type_name,
     switch::DEFAULT,
-    verbs,
+    verbs::{self, Found},
 };
 
 /// The body of [`LoraTargets::save_adapter`].
@@ -44,31 +44,45 @@ pub(crate) fn save_as<M: LoraTargets + ?Sized>(
 
 /// The body of [`LoraTargets::load_adapter`].
 pub(crate) fn load<M: LoraTargets>(model: &mut M, dir: &Path) -> Result<LoraReport> {
-    let weights = AdapterWeights::read(dir)?;
-    if let Some(switch) = switch_of(model)?
-        && switch.read().pick(DEFAULT).is_ok()
-    {
-        verbs::replace(model, DEFAULT, &weights).map_err(|error| in_folder(dir, error))?;
-        return Ok(LoraReport {
-            notes: weights.notes,
-            ..verbs::report_of(model, DEFAULT)?
-        });
+    let Some(switch) = switch_of(model)? else {
+        return load_and_set(model, dir);
+    };
+    if switch.read().pick(DEFAULT).is_err() {
+        return load_and_set(model, dir);
     }
-    let report = verbs::import(model, DEFAULT, &weights).map_err(|error| in_folder(dir, error))?;
+    let (weights, found, file) = read(dir)?;
+    verbs::replace(model, DEFAULT, &weights, found)?
+        .map_err(|problems| Error::Checkpoint { file, problems })?;
+    Ok(LoraReport {
+        notes: weights.notes,
+        ..verbs::report_of(model, DEFAULT)?
+    })
+}
+
+fn load_and_set<M: LoraTargets>(model: &mut M, dir: &Path) -> Result<LoraReport> {
+    let report = load_as(model, DEFAULT, dir)?;
     model.set_adapter(DEFAULT)?;
     Ok(report)
 }
 
 /// The body of [`LoraTargets::load_adapter_as`].
 pub(crate) fn load_as<M: LoraTargets>(model: &mut M, name: &str, dir: &Path) -> Result<LoraReport> {
-    let weights = AdapterWeights::read(dir)?;
-    verbs::import(model, name, &weights).map_err(|error| in_folder(dir, error))
+    let (weights, found, file) = read(dir)?;
+    verbs::add(model, name, &weights, found)?
+        .map_err(|problems| Error::Checkpoint { file, problems })
 }
 
-/// The error of an adapter that does not fit the model, with the folder that it is from.
-fn in_folder(dir: &Path, error: Error) -> Error {
-    match error {
-        Error::Adapter { reason, .. } => Error::file(dir, reason),
-        other => other,
-    }
+/// What a folder holds, what is wrong with it, and the file that is to be named for it.
+fn read(dir: &Path) -> Result<(AdapterWeights, Found, PathBuf)> {
+    let Reading {
+        weights,
+        incomplete,
+        problems,
+        file,
+    } = Reading::of(dir)?;
+    let found = Found {
+        problems,
+        incomplete,
+    };
+    Ok((weights, found, file))
 }

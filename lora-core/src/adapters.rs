@@ -41,7 +41,37 @@ impl Adapters {
     /// # Errors
     /// If a name is unknown or given twice, or two of the adapters replace the same parameters.
     pub fn select(&self, names: &[impl AsRef<str>]) -> Result<Selection> {
-        let choice = self.switch.read().sum(names)?;
+        self.sum(names.iter().map(|name| (name.as_ref(), 1.0)))
+    }
+
+    /// The sum of the adapters with these names, each times a weight: PEFT's `set_scale`, but for
+    /// one selection.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Module, Tensor};
+    /// use lora_core::{LoraTargets, PeftConfig, nn::Linear};
+    ///
+    /// let dev = Device::Cpu;
+    /// let mut layer = Linear::new(Tensor::zeros((1, 1), DType::F32, &dev)?, None);
+    /// layer.apply_lora(&PeftConfig::all_linear().dim(1).alpha(1.0))?;
+    /// for var in layer.lora_vars()? {
+    ///     var.set(&var.ones_like()?)?;
+    /// }
+    /// let half = layer.adapters()?.weighted(&[("default", 0.5)])?;
+    /// let ys = half.scope(|| layer.forward(&Tensor::ones((1, 1), DType::F32, &dev)?))?;
+    /// assert_eq!(ys.to_vec2::<f32>()?, [[0.5]]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As of [`select`](Self::select); if a weight is not finite; if it is not 1 for an adapter
+    /// that replaces parameters.
+    pub fn weighted(&self, parts: &[(impl AsRef<str>, f64)]) -> Result<Selection> {
+        self.sum(parts.iter().map(|(name, weight)| (name.as_ref(), *weight)))
+    }
+
+    fn sum<'a>(&self, parts: impl IntoIterator<Item = (&'a str, f64)>) -> Result<Selection> {
+        let choice = self.switch.read().sum(parts)?;
         Ok(Selection::new(&self.switch, choice))
     }
 

@@ -30,7 +30,7 @@ pub enum Error {
     },
     /// Something with an adapter that is called by its name.
     #[error("adapter `{name}`: {reason}")]
-    Adapter {
+    NamedAdapter {
         /// The name.
         name: String,
         /// What is wrong, and the way out.
@@ -82,6 +82,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Something that adapters apart from a model don't allow.
+    #[error("{0}")]
+    Adapter(String),
     /// An error of a tensor operation.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -96,7 +99,7 @@ impl Error {
     }
 
     pub(crate) fn adapter(name: impl ToString, reason: impl Into<String>) -> Self {
-        Self::Adapter {
+        Self::NamedAdapter {
             name: name.to_string(),
             reason: reason.into(),
         }

@@ -80,7 +80,6 @@ mod dropout;
 mod error;
 mod glob;
 mod gradients;
-mod hf_config;
 mod init;
 mod join;
 mod linear_lora;

@@ -10,6 +10,7 @@ use candle_core::{Tensor, Var};
 use crate::{
     AdapterConfig, LoraAdapter, Result,
     op::FrozenLinear,
+    selection::Pick,
     switch::{AdapterId, DEFAULT, Entry, Switch},
     trained::Trained,
 };
@@ -77,7 +78,7 @@ impl LinearLoRA {
         let switch = Switch::new();
         let mut state = switch.write();
         state.insert(id, Entry::new(DEFAULT));
-        state.current = state.sum(&[DEFAULT])?;
+        state.current = state.sum([(DEFAULT, 1.0)])?;
         drop(state);
         let mut layer = Self::bare(path, weight, bias, &switch);
         layer.attach(Some(lora), None);
@@ -205,7 +206,18 @@ impl LinearLoRA {
         &self.loras
     }
 
-    /// The adapter with this id, if it has one on this layer that does anything.
+    /// The adapters of these that do anything on this layer, with their weights.
+    pub(crate) fn of<'a>(
+        &'a self,
+        picks: &'a [Pick],
+    ) -> impl Iterator<Item = (&'a LoraAdapter, f64)> {
+        let found = picks
+            .iter()
+            .filter_map(|pick| Some((self.lora(pick.id)?, pick.weight)));
+        found.filter(|(lora, _)| !lora.is_idle())
+    }
+
+    /// The adapter with this id, if it has one on this layer.
     pub(crate) fn lora(&self, id: AdapterId) -> Option<&LoraAdapter> {
         let place = self.loras.binary_search_by_key(&id, LoraAdapter::id);
         place.ok().map(|place| &self.loras[place])
@@ -243,6 +255,9 @@ impl LinearLoRA {
     pub(crate) fn detach(&mut self, id: AdapterId) {
         self.loras.retain(|lora| lora.id() != id);
         self.trained.retain(|trained| trained.id != id);
+        // A model has many layers, and once had many adapters perhaps.
+        self.loras.shrink_to_fit();
+        self.trained.shrink_to_fit();
     }
 
     /// Makes the layer listen to another switch, on which some adapters have other ids.

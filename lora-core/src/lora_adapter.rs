@@ -1,5 +1,7 @@
 //! One adapter on one linear layer.
 
+mod swap;
+
 use std::{ops::Range, sync::Arc};
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -12,6 +14,8 @@ use crate::{
     op::{compute_dtype, parts::Part},
     switch::AdapterId,
 };
+
+pub(crate) use swap::Swap;
 
 /// One of the adapters of a [`LinearLoRA`](crate::LinearLoRA):
 /// `scaling · (D(xs) Aᵀ Bᵀ + c)`, with a bias `c` if the configuration asked for one.
@@ -129,6 +133,9 @@ impl LoraAdapter {
 
     /// What the adapter's output is multiplied by: `alpha / rank`, or with rsLoRA `alpha / √rank`.
     pub fn scaling(&self) -> f64 {
+        if self.is_idle() {
+            return 0.0;
+        }
         scaling(self.alpha, self.rank, self.rslora)
     }
 
@@ -176,25 +183,20 @@ impl LoraAdapter {
         vars
     }
 
-    /// `scaling · B A`, `[out, in]`, computed in `dtype`.
-    pub(crate) fn delta_weight(&self, dtype: DType) -> Result<Tensor> {
+    /// `weight · scaling · B A`, `[out, in]`, computed in `dtype`.
+    pub(crate) fn delta_weight(&self, weight: f64, dtype: DType) -> Result<Tensor> {
         let a = self.lora_a.as_tensor().detach().to_dtype(dtype)?;
         let b = self.lora_b.as_tensor().detach().to_dtype(dtype)?;
-        Ok((b.matmul(&a)? * self.scale())?)
+        Ok((b.matmul(&a)? * (self.scaling() * weight))?)
     }
 
-    /// `scaling · c`, `[out]`, computed in `dtype`.
-    pub(crate) fn delta_bias(&self, dtype: DType) -> Result<Option<Tensor>> {
+    /// `weight · scaling · c`, `[out]`, computed in `dtype`.
+    pub(crate) fn delta_bias(&self, weight: f64, dtype: DType) -> Result<Option<Tensor>> {
         let Some(bias) = &self.lora_bias else {
             return Ok(None);
         };
         let bias = bias.as_tensor().detach().to_dtype(dtype)?;
-        Ok(Some((bias * self.scale())?))
-    }
-
-    /// The scaling, or zero for an adapter without a rank.
-    fn scale(&self) -> f64 {
-        if self.is_idle() { 0.0 } else { self.scaling() }
+        Ok(Some((bias * (self.scaling() * weight))?))
     }
 
     /// The mask of the next forward pass.
@@ -208,19 +210,19 @@ impl LoraAdapter {
     }
 
     /// The adapter as a part of a sum, on all rows or some.
-    pub(crate) fn part(&self, rows: Option<Arc<[Range<usize>]>>) -> Part<'_> {
+    pub(crate) fn part(&self, weight: f64, rows: Option<Arc<[Range<usize>]>>) -> Part<'_> {
         Part {
             a: self.lora_a.as_tensor(),
             b: self.lora_b.as_tensor(),
             bias: self.lora_bias.as_ref().map(Var::as_tensor),
-            scaling: self.scaling(),
+            scaling: self.scaling() * weight,
             dropout: self.mask(),
             rows,
         }
     }
 
     /// What it adds to the output for `xs`, composed of candle's operations, in the compute type.
-    pub(crate) fn composed(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+    pub(crate) fn composed(&self, xs: &Tensor, weight: f64) -> candle_core::Result<Tensor> {
         let dtype = compute_dtype(xs.dtype());
         let dropout = self.mask();
         let masked = |xs: Tensor, position| match dropout {
@@ -236,7 +238,7 @@ impl LoraAdapter {
         if let Some(bias) = &self.lora_bias {
             delta = delta.broadcast_add(&bias.to_dtype(dtype)?)?;
         }
-        masked((delta * self.scaling())?, DropoutPosition::Post)
+        masked((delta * (self.scaling() * weight))?, DropoutPosition::Post)
     }
 
     /// The numbers in use, on the CPU, as they are now.
@@ -254,87 +256,6 @@ impl LoraAdapter {
             rslora: self.rslora,
         })
     }
-
-    /// Gets `layer` ready to take the place of the numbers of the layer at `path`, whose weight is
-    /// `weight`; `None` makes the adapter leave it alone. Or says what is wrong.
-    pub(crate) fn prepare(
-        &self,
-        path: &str,
-        weight: &Tensor,
-        layer: Option<&LayerWeights>,
-    ) -> Result<Swap, String> {
-        if let Some(layer) = layer {
-            check(path, weight, layer)?;
-            let room = self.lora_a.dims()[0];
-            if layer.rank() > room {
-                return Err(format!(
-                    "`{path}` has rank {}, for which there is no room in place: it has {room}",
-                    layer.rank()
-                ));
-            }
-            if layer.bias.is_some() && self.lora_bias.is_none() {
-                return Err(format!(
-                    "`{path}` has a lora_bias, for which there is no room in place"
-                ));
-            }
-        }
-        let padded = |var: &Var, tensor: Option<&Tensor>| -> candle_core::Result<Tensor> {
-            let Some(tensor) = tensor else {
-                return var.zeros_like();
-            };
-            let tensor = tensor
-                .detach()
-                .to_device(var.device())?
-                .to_dtype(var.dtype())?;
-            let mut padded = tensor.force_contiguous()?;
-            for dim in 0..var.rank() {
-                padded = padded.pad_with_zeros(dim, 0, var.dim(dim)? - padded.dim(dim)?)?;
-            }
-            padded.contiguous()
-        };
-        let prepare = || -> candle_core::Result<Swap> {
-            let bias = layer.and_then(|layer| layer.bias.as_ref());
-            Ok(Swap {
-                a: padded(&self.lora_a, layer.map(|layer| &layer.a))?,
-                b: padded(&self.lora_b, layer.map(|layer| &layer.b))?,
-                bias: match &self.lora_bias {
-                    Some(var) => Some(padded(var, bias)?),
-                    None => None,
-                },
-                rank: layer.map_or(0, LayerWeights::rank),
-                alpha: layer.map_or(self.alpha, |layer| layer.alpha),
-                rslora: layer.map_or(self.rslora, |layer| layer.rslora),
-            })
-        };
-        prepare().map_err(|error| format!("`{path}`: {error}"))
-    }
-
-    /// Copies `swap` over the numbers.
-    pub(crate) fn swap(
-        &mut self,
-        swap: &Swap,
-        (dropout, dropout_position): (f64, DropoutPosition),
-    ) -> Result<()> {
-        self.lora_a.set(&swap.a)?;
-        self.lora_b.set(&swap.b)?;
-        if let (Some(var), Some(bias)) = (&self.lora_bias, &swap.bias) {
-            var.set(bias)?;
-        }
-        (self.rank, self.alpha, self.rslora) = (swap.rank, swap.alpha, swap.rslora);
-        self.dropout = self.dropout.with_probability(dropout);
-        self.dropout_position = dropout_position;
-        Ok(())
-    }
-}
-
-/// Numbers that fit in the place of others.
-pub(crate) struct Swap {
-    a: Tensor,
-    b: Tensor,
-    bias: Option<Tensor>,
-    rank: usize,
-    alpha: f64,
-    rslora: bool,
 }
 
 /// Says what keeps `layer` from acting on the layer at `path`.

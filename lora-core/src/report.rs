@@ -17,6 +17,8 @@ pub struct LoraSite {
     pub rank: usize,
     /// The adapter's alpha.
     pub alpha: f64,
+    /// What the adapter's output is multiplied by: `alpha / rank`, or with rsLoRA `alpha / √rank`.
+    pub scaling: f64,
     /// Whether the adapter has a bias of its own.
     pub lora_bias: bool,
 }
@@ -29,6 +31,7 @@ impl LoraSite {
             out_features: lora.lora_b().dims()[0],
             rank: lora.rank(),
             alpha: lora.alpha(),
+            scaling: lora.scaling(),
             lora_bias: lora.lora_bias().is_some(),
         }
     }

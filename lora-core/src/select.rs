@@ -9,7 +9,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::saved::{Saved, SavedFor, select_saved};
+pub(crate) use self::saved::{SavedFor, select_saved};
 use self::{layers::Layers, overrides::Overrides, pattern::Pattern, saved::entry_above};
 use crate::{
     AdapterConfig, Error, LoraTargets, PeftConfig, Result,

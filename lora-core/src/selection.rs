@@ -129,11 +129,13 @@ pub(crate) enum Choice {
     Rows(Arc<Rows>),
 }
 
-/// An adapter, and its name when it was picked.
+/// An adapter, its name when it was picked, and what its output is multiplied by beside its
+/// scaling.
 #[derive(Clone, Debug)]
 pub(crate) struct Pick {
     pub id: AdapterId,
     pub name: Arc<str>,
+    pub weight: f64,
 }
 
 /// A batch of rows with at most one adapter each.
@@ -197,6 +199,7 @@ impl Choice {
         let renamed = |pick: &Pick| Pick {
             id: pick.id,
             name: if pick.id == id { name } else { &pick.name }.clone(),
+            ..*pick
         };
         match self {
             Self::Sum(picks) => Self::Sum(picks.iter().map(renamed).collect()),

@@ -63,16 +63,11 @@ pub const fn no_match(tree: &TargetTree, model: &str, pattern: &str) -> Message 
     nearest.message(model)
 }
 
-/// Says which of `names` come nearest to `name`, or that there are none.
+/// Those of `names` that come nearest to `name`, for a sentence.
 pub(crate) fn nearest_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> String {
     let mut nearest = Nearest::new(name);
     names.for_each(|name| nearest.offer(name));
-    if nearest.count == 0 {
-        return "there is none".to_string();
-    }
-    let mut message = Message::new();
-    nearest.push_offers(&mut message);
-    message.as_str().to_string()
+    nearest.offers()
 }
 
 /// The paths that come nearest to a pattern, best first.
@@ -114,13 +109,7 @@ impl<'a> Nearest<'a> {
             message.push("`: it has none");
             return message;
         }
-        message.push("`; ");
-        self.push_offers(&mut message);
-        message
-    }
-
-    const fn push_offers(&self, message: &mut Message) {
-        message.push("nearest: ");
+        message.push("`; nearest: ");
         let mut i = 0;
         while i < self.count {
             message.push(if i == 0 { "`" } else { ", `" });
@@ -128,6 +117,7 @@ impl<'a> Nearest<'a> {
             message.push("`");
             i += 1;
         }
+        message
     }
 
     /// The paths, for a sentence of another kind.

@@ -1,22 +1,20 @@
 //! What the adapted layers of one model share: which adapters there are, and which act.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{
-        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-    },
+mod state;
+
+use std::sync::{
+    Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
 };
 
 use candle_core::bail;
 
 use crate::{
-    BiasMode, Error, ModulePath, Result,
-    adapter::{AdapterWeights, Origin},
-    saved::SavedParameters,
-    selection::{Choice, Pick, scoped},
-    suggest::nearest_names,
+    Error, Result,
+    selection::{Choice, scoped},
 };
+
+pub(crate) use state::{About, Entry, State};
 
 /// An adapter, whatever it is called. Ids grow in the order of addition and never come again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,44 +30,6 @@ impl AdapterId {
 /// The name of an adapter that is given none.
 pub(crate) const DEFAULT: &str = "default";
 
-/// What the switch knows of an adapter.
-#[derive(Clone, Debug)]
-pub(crate) struct Entry {
-    pub name: Arc<str>,
-    pub about: About,
-    /// Paths of the linear layers whose weight or bias it replaces; no two adapters that do so at
-    /// one layer can be summed.
-    pub replaces: BTreeSet<String>,
-}
-
-impl Entry {
-    pub fn new(name: &str) -> Self {
-        Self {
-            name: name.into(),
-            about: About::default(),
-            replaces: BTreeSet::new(),
-        }
-    }
-}
-
-/// What an adapter folder says of an adapter beside its tensors.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct About {
-    pub bias: BiasMode,
-    pub modules_to_save: Vec<String>,
-    pub origin: Origin,
-}
-
-impl From<&AdapterWeights> for About {
-    fn from(weights: &AdapterWeights) -> Self {
-        Self {
-            bias: weights.bias,
-            modules_to_save: weights.modules_to_save.clone(),
-            origin: weights.origin.clone(),
-        }
-    }
-}
-
 /// The names of a model's adapters and what is selected, behind one lock.
 #[derive(Debug)]
 pub(crate) struct Switch {
@@ -78,15 +38,6 @@ pub(crate) struct Switch {
     merged: AtomicUsize,
     /// Set when no layer listens any more.
     closed: AtomicBool,
-}
-
-#[derive(Debug)]
-pub(crate) struct State {
-    ids: HashMap<Arc<str>, AdapterId>,
-    adapters: BTreeMap<AdapterId, Entry>,
-    pub current: Choice,
-    pub disabled: bool,
-    pub saved: Option<SavedParameters>,
 }
 
 impl Switch {
@@ -188,165 +139,6 @@ impl Switch {
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
         *self.write() = State::new();
-    }
-}
-
-impl State {
-    fn new() -> Self {
-        Self {
-            ids: HashMap::new(),
-            adapters: BTreeMap::new(),
-            current: Choice::none(),
-            disabled: false,
-            saved: None,
-        }
-    }
-
-    /// The adapters in the order of addition.
-    pub fn adapters(&self) -> impl Iterator<Item = (AdapterId, &Entry)> {
-        self.adapters.iter().map(|(id, entry)| (*id, entry))
-    }
-
-    pub fn pick(&self, name: &str) -> Result<Pick> {
-        match self.ids.get_key_value(name) {
-            Some((name, id)) => Ok(Pick {
-                id: *id,
-                name: name.clone(),
-            }),
-            None => {
-                let names = self.adapters.values().map(|entry| &*entry.name);
-                let reason = format!("is unknown; {}", nearest_names(name, names));
-                Err(Error::adapter(name, reason))
-            }
-        }
-    }
-
-    /// The name of an adapter; empty if it is unknown.
-    pub fn name(&self, id: AdapterId) -> &str {
-        self.adapters.get(&id).map_or("", |entry| &entry.name)
-    }
-
-    /// What is known of an adapter.
-    pub fn about(&self, id: AdapterId) -> About {
-        let entry = self.adapters.get(&id);
-        entry.map(|entry| entry.about.clone()).unwrap_or_default()
-    }
-
-    pub fn set_about(&mut self, id: AdapterId, about: About) {
-        if let Some(entry) = self.adapters.get_mut(&id) {
-            entry.about = about;
-        }
-    }
-
-    /// The sum of the adapters with these names.
-    pub fn sum(&self, names: &[impl AsRef<str>]) -> Result<Choice> {
-        let mut picks = Vec::<Pick>::new();
-        for name in names {
-            let pick = self.pick(name.as_ref())?;
-            if picks.iter().any(|other| other.id == pick.id) {
-                return Err(Error::adapter(&pick.name, "is named twice"));
-            }
-            picks.push(pick);
-        }
-        for (i, pick) in picks.iter().enumerate() {
-            for other in &picks[..i] {
-                let (one, two) = (&self.adapters[&other.id], &self.adapters[&pick.id]);
-                if let Some(path) = one.replaces.intersection(&two.replaces).next() {
-                    let reason = format!(
-                        "can't be summed with `{}`: both replace parameters of `{path}`",
-                        other.name
-                    );
-                    return Err(Error::adapter(&pick.name, reason));
-                }
-            }
-        }
-        Ok(Choice::Sum(picks.into()))
-    }
-
-    /// An error if `name` can't be that of a new adapter.
-    pub fn check_new(&self, name: &str) -> Result<()> {
-        if self.ids.contains_key(name) {
-            let reason = "is there already; delete or rename that one, or choose another name";
-            return Err(Error::adapter(name, reason));
-        }
-        // It becomes a folder and a part of tensor names.
-        let forbidden = |c: char| matches!(c, '.' | '/' | '\\') || c.is_control();
-        if name.is_empty() || name.contains(forbidden) {
-            let reason = "can't be a name: it must not be empty, nor have a dot, a slash or a \
-                          control character";
-            return Err(Error::adapter(name.escape_debug(), reason));
-        }
-        Ok(())
-    }
-
-    /// Notes that an adapter replaces parameters of the linear layer at `path`.
-    pub fn add_replaced(&mut self, id: AdapterId, path: &ModulePath) {
-        if let Some(entry) = self.adapters.get_mut(&id) {
-            entry.replaces.insert(path.to_string());
-        }
-    }
-
-    pub fn insert(&mut self, id: AdapterId, entry: Entry) {
-        self.ids.insert(entry.name.clone(), id);
-        self.adapters.insert(id, entry);
-    }
-
-    /// Forgets an adapter. If none is active then, the one that was added first is.
-    pub fn remove(&mut self, id: AdapterId) {
-        if let Some(entry) = self.adapters.remove(&id) {
-            self.ids.remove(&entry.name);
-        }
-        let Choice::Sum(picks) = &self.current else {
-            return;
-        };
-        if picks.iter().all(|pick| pick.id != id) {
-            return;
-        }
-        let mut rest: Vec<Pick> = picks.iter().filter(|p| p.id != id).cloned().collect();
-        if rest.is_empty() {
-            let first = self.adapters.first_key_value();
-            rest.extend(first.map(|(id, entry)| Pick {
-                id: *id,
-                name: entry.name.clone(),
-            }));
-        }
-        self.current = Choice::Sum(rest.into());
-    }
-
-    pub fn rename(&mut self, id: AdapterId, name: &str) {
-        let name = Arc::<str>::from(name);
-        if let Some(entry) = self.adapters.get_mut(&id) {
-            self.ids.remove(&entry.name);
-            entry.name = name.clone();
-            self.ids.insert(name.clone(), id);
-        }
-        self.current = self.current.renamed(id, &name);
-    }
-
-    fn deleted<'a>(&self, choice: &'a Choice) -> Option<&'a Pick> {
-        let mut picks = choice.picks();
-        picks.find(|pick| !self.adapters.contains_key(&pick.id))
-    }
-
-    /// An error if `choice` needs other parameters outside of linear layers than the model has.
-    fn agrees(&self, choice: &Choice) -> Result<()> {
-        let Some(saved) = &self.saved else {
-            return Ok(());
-        };
-        match choice.has_on_all_rows(saved.owner) {
-            // Enabling puts in place what is selected then.
-            Some(_) if self.disabled => Ok(()),
-            Some(selected) if selected == saved.placed => Ok(()),
-            _ => {
-                let name = self.name(saved.owner);
-                let reason = format!(
-                    "trains `{}`, which is no linear layer's and is switched by `set_adapter`, \
-                     `disable_adapters` and the like only, on all rows of a batch alike",
-                    saved.first_key()
-                );
-                Err(Error::adapter(name, reason))
-            }
-        }
     }
 }
 

@@ -5,9 +5,9 @@ mod layers;
 mod leaves;
 mod refused;
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
-use candle_core::{Var, backprop::GradStore};
+use candle_core::{Tensor, Var, backprop::GradStore};
 
 use crate::{
     AdapterStatus, Adapters, LinearLoRA, LoraPlan, LoraReport, ModulePath, PeftConfig, Result,
@@ -125,7 +125,7 @@ pub trait LoraTargets {
     /// Adds an adapter of given numbers, in evaluation mode, which is not active yet.
     ///
     /// # Errors
-    /// An [`Error::Adapter`](crate::Error::Adapter) that names every tensor without a place in the
+    /// An [`Error::NamedAdapter`](crate::Error::NamedAdapter) that names every tensor without a place in the
     /// model and every one that does not fit; else as of [`add_adapter`](Self::add_adapter). The
     /// model is then unchanged.
     fn import_adapter(&mut self, name: &str, weights: &AdapterWeights) -> Result<LoraReport>
@@ -194,7 +194,7 @@ pub trait LoraTargets {
     ///
     /// # Errors
     /// If the name is unknown; if the model is merged; an
-    /// [`Error::Adapter`](crate::Error::Adapter) that names every layer which is not in place and
+    /// [`Error::NamedAdapter`](crate::Error::NamedAdapter) that names every layer which is not in place and
     /// every tensor that does not fit. The adapter is then unchanged.
     fn swap_adapter(&mut self, name: &str, weights: &AdapterWeights) -> Result<()> {
         verbs::swap(self, name, weights)
@@ -327,6 +327,25 @@ pub trait LoraTargets {
     /// Those of a hand-written traversal.
     fn unmerge(&mut self) -> Result<()> {
         verbs::unmerge(self)
+    }
+
+    /// Merges the active adapters for good: every layer is plain then, of the merged weight, and no
+    /// adapter is left.
+    ///
+    /// # Errors
+    /// As of [`merge`](Self::merge).
+    fn merge_and_unload(&mut self) -> Result<()> {
+        verbs::merge_and_unload(self)
+    }
+
+    /// The tensors in which the model with the active adapters merged differs from the base, by
+    /// `<module path>.<parameter>`, in the base's types: what a folder of the merged model has of
+    /// its own. The model does not change.
+    ///
+    /// # Errors
+    /// As of [`merge`](Self::merge).
+    fn merged_tensors(&mut self) -> Result<BTreeMap<String, Tensor>> {
+        verbs::merged_tensors(self)
     }
 
     /// Takes all adapters off: every layer computes what it did before it was adapted.

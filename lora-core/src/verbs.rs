@@ -10,8 +10,8 @@ mod swap;
 mod vars;
 
 pub(crate) use export::export;
-pub(crate) use import::{import, replace};
-pub(crate) use merge::{merge, merge_active, unmerge};
+pub(crate) use import::{Found, add, import, replace};
+pub(crate) use merge::{merge, merge_active, merge_and_unload, merged_tensors, unmerge};
 pub(crate) use roster::{adapters, delete, remove_all, rename, set, set_disabled};
 pub use status::AdapterStatus;
 pub(crate) use status::{report, report_of, status};

@@ -4,7 +4,30 @@
 //! tensors that were trained with them, and how they act. It is read from PEFT's and NeMo
 //! AutoModel's folders and written so that others read it.
 
+mod combine;
+mod config_file;
+mod consumers;
+mod dense;
+mod difference;
+mod entry;
+mod fingerprint;
+mod folder;
+mod header;
+mod inspection;
+mod json;
+mod key;
 mod layer;
+mod matrix;
+mod pattern;
+mod pickle;
+mod product;
+mod reading;
+mod settings;
+mod sparse;
+mod tensors;
+mod universal;
+mod writing;
+mod zip;
 
 use std::{collections::BTreeMap, fmt, path::Path, str::FromStr};
 
@@ -13,7 +36,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::{BiasMode, DropoutPosition, Error, Result};
 
+pub use combine::{Combination, Combined, Method};
+pub use consumers::Consumer;
+pub use difference::{Difference, SiteDifference};
+pub use fingerprint::Fingerprint;
+pub use inspection::{InspectedSite, InspectedTensor, Inspection};
 pub use layer::LayerWeights;
+pub(crate) use reading::Reading;
+pub use sparse::Election;
 
 /// An adapter apart from any model: what an adapter folder holds.
 #[derive(Clone, Debug, Default)]
@@ -50,7 +80,7 @@ pub struct Origin {
     /// PEFT's `task_type`, such as `CAUSAL_LM`.
     pub task_type: Option<String>,
     /// Of the base weights that it was trained on.
-    pub fingerprint: Option<String>,
+    pub fingerprint: Option<Fingerprint>,
 }
 
 /// A way to write an adapter folder.
@@ -70,8 +100,25 @@ impl AdapterWeights {
     /// # Errors
     /// An [`Error::File`] or [`Error::Checkpoint`] that names everything that is wrong.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        let _ = path;
-        Err(Error::file(path.as_ref(), "not here yet"))
+        Reading::of(path.as_ref())?.finish()
+    }
+
+    /// Reads all adapters of a folder by name: those in sub-directories, and as `default` the one
+    /// of the folder itself.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), for the first adapter that can't be; and if there is none.
+    pub fn read_named(dir: impl AsRef<Path>) -> Result<BTreeMap<String, Self>> {
+        let dir = dir.as_ref();
+        let folders = folder::named(dir)?;
+        if folders.is_empty() {
+            let reason = "holds no folder with an adapter_config.json";
+            return Err(Error::file(dir, reason));
+        }
+        folders
+            .into_iter()
+            .map(|(name, folder)| Ok((name, Self::read(folder)?)))
+            .collect()
     }
 
     /// Writes an adapter folder.
@@ -80,8 +127,7 @@ impl AdapterWeights {
     /// An [`Error::File`] for a folder that cannot be written, an [`Error::Checkpoint`] for what
     /// `profile` cannot express.
     pub fn write(&self, dir: impl AsRef<Path>, profile: Profile) -> Result<()> {
-        let _ = profile;
-        Err(Error::file(dir.as_ref(), "not here yet"))
+        writing::write(self, dir.as_ref(), profile)
     }
 }
 

@@ -19,8 +19,7 @@ impl LinearLoRA {
 
     /// The sum of adapters, for `xs [tokens, in]` and contiguous.
     fn sum(&self, xs: &Tensor, picks: &[Pick]) -> Result<Tensor> {
-        let loras = picks.iter().filter_map(|pick| self.lora(pick.id));
-        let loras: Vec<&LoraAdapter> = loras.filter(|lora| !lora.is_idle()).collect();
+        let loras: Vec<Weighted> = self.of(picks).collect();
         let trained = picks.iter().find_map(|pick| self.trained(pick.id));
         let Some(trained) = trained else {
             return adapted(&self.base, xs, &loras);
@@ -47,7 +46,7 @@ impl LinearLoRA {
             if self.trained(pick.id).is_some() {
                 replaced.extend(scaled(ranges).into_iter().map(|range| (range, pick)));
             } else if let Some(lora) = self.lora(pick.id).filter(|lora| !lora.is_idle()) {
-                parts.push(lora.part(Some(Arc::from(scaled(ranges)))));
+                parts.push(lora.part(pick.weight, Some(Arc::from(scaled(ranges)))));
             }
         }
         let ys = parts::apply(&self.base, xs, &parts)?;
@@ -105,30 +104,39 @@ impl Module for LinearLoRA {
     }
 }
 
+/// An adapter, and what it is multiplied by beside its scaling.
+type Weighted<'a> = (&'a LoraAdapter, f64);
+
 /// A frozen layer and adapters on all rows.
-fn adapted(base: &FrozenLinear, xs: &Tensor, loras: &[&LoraAdapter]) -> Result<Tensor> {
+fn adapted(base: &FrozenLinear, xs: &Tensor, loras: &[Weighted]) -> Result<Tensor> {
     match loras {
         [] => base.apply(xs),
-        loras if loras.iter().any(|lora| !lora.is_fused()) => composed(base.apply(xs)?, xs, loras),
-        [lora] if lora.lora_bias().is_none() => {
+        loras if loras.iter().any(|(lora, _)| !lora.is_fused()) => {
+            composed(base.apply(xs)?, xs, loras)
+        }
+        [(lora, weight)] if lora.lora_bias().is_none() => {
             let adapter = (lora.lora_a().as_tensor(), lora.lora_b().as_tensor());
-            LoraLinear::apply(base.clone(), xs, adapter, lora.scaling(), lora.mask())
+            let scaling = lora.scaling() * weight;
+            LoraLinear::apply(base.clone(), xs, adapter, scaling, lora.mask())
         }
         loras => {
-            let parts: Vec<_> = loras.iter().map(|lora| lora.part(None)).collect();
+            let parts: Vec<_> = loras
+                .iter()
+                .map(|(lora, weight)| lora.part(*weight, None))
+                .collect();
             parts::apply(base, xs, &parts)
         }
     }
 }
 
 /// `ys` and what adapters add to it, composed of candle's operations and rounded once.
-fn composed(ys: Tensor, xs: &Tensor, loras: &[&LoraAdapter]) -> Result<Tensor> {
+fn composed(ys: Tensor, xs: &Tensor, loras: &[Weighted]) -> Result<Tensor> {
     if loras.is_empty() {
         return Ok(ys);
     }
     let mut sum = ys.to_dtype(compute_dtype(xs.dtype()))?;
-    for lora in loras {
-        sum = (sum + lora.composed(xs)?)?;
+    for (lora, weight) in loras {
+        sum = (sum + lora.composed(xs, *weight)?)?;
     }
     sum.to_dtype(xs.dtype())
 }

@@ -96,18 +96,14 @@ impl LinearLoRA {
     }
 
     fn delta(&self, picks: &[Pick], dtype: DType) -> Result<Option<Tensor>> {
-        sum(self
-            .of(picks)
-            .map(|lora| lora.delta_weight(dtype).map(Some)))
+        let delta =
+            |(lora, weight): (&LoraAdapter, f64)| lora.delta_weight(weight, dtype).map(Some);
+        sum(self.of(picks).map(delta))
     }
 
     fn delta_bias(&self, picks: &[Pick], dtype: DType) -> Result<Option<Tensor>> {
-        sum(self.of(picks).map(|lora| lora.delta_bias(dtype)))
-    }
-
-    fn of(&self, picks: &[Pick]) -> impl Iterator<Item = &LoraAdapter> {
-        let loras = picks.iter().filter_map(|pick| self.lora(pick.id));
-        loras.filter(|lora| !lora.is_idle())
+        let delta = |(lora, weight): (&LoraAdapter, f64)| lora.delta_bias(weight, dtype);
+        sum(self.of(picks).map(delta))
     }
 }
 

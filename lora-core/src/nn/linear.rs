@@ -186,6 +186,13 @@ impl Linear {
         }
     }
 
+    /// Makes a merged layer a plain one of the merged weight.
+    pub(crate) fn unload(&mut self) {
+        if let State::Merged(merged) = &self.state {
+            self.state = State::Plain(merged.linear.clone());
+        }
+    }
+
     /// Takes the adapters off: the layer is as it was before it was adapted.
     pub fn remove_adapter(&mut self) -> Option<LinearLoRA> {
         let lora = self.adapted()?.clone();

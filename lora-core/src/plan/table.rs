@@ -76,12 +76,12 @@ impl fmt::Display for LoraPlan {
             100.0 * self.trainable_share(),
             binary(self.trainable_bytes()),
         )?;
-        write!(
-            f,
-            "saved for the backward pass: {} {} a token",
-            if self.fused { "at most" } else { "more than" },
-            binary(self.saved_bytes_per_token()),
-        )
+        let saved = binary(self.saved_bytes_per_token());
+        write!(f, "saved for the backward pass: at most {saved} a token")?;
+        if !self.fused {
+            write!(f, " if fused; use_fused = false keeps more")?;
+        }
+        Ok(())
     }
 }
 

@@ -102,7 +102,11 @@ fn check_entries<M: LoraTargets>(entries: &[String], parameters: &[Parameter]) -
         return Ok(());
     };
     let mut nearest = Nearest::new(entry);
-    modules().for_each(|module| nearest.offer(module));
+    let is_named = |it: &&Parameter| names(entry, &format!("{}.{}", it.path, it.name));
+    match parameters.iter().find(is_named) {
+        Some(parameter) => nearest.offer(&parameter.path),
+        None => modules().for_each(|module| nearest.offer(module)),
+    }
     let reason = format!(
         "`{entry}` names no module of `{}`; nearest: {}",
         type_name::<M>(),

@@ -3,7 +3,10 @@
 use candle_core::{Device, Tensor};
 
 use super::roster::switch;
-use crate::{LoraTargets, Result, adapter::AdapterWeights};
+use crate::{
+    LoraTargets, Result,
+    adapter::{AdapterWeights, Fingerprint},
+};
 
 /// The body of [`LoraTargets::export_adapter`].
 pub(crate) fn export<M: LoraTargets + ?Sized>(model: &mut M, name: &str) -> Result<AdapterWeights> {
@@ -16,7 +19,7 @@ pub(crate) fn export<M: LoraTargets + ?Sized>(model: &mut M, name: &str) -> Resu
         origin: about.origin,
         ..AdapterWeights::default()
     };
-    let mut others = Vec::new();
+    let (mut bases, mut others) = (Vec::new(), Vec::new());
     model.for_each_linear(&mut |path, linear| {
         let lora = linear.adapted();
         if let Some(trained) = lora.and_then(|lora| lora.trained(id)) {
@@ -24,9 +27,10 @@ pub(crate) fn export<M: LoraTargets + ?Sized>(model: &mut M, name: &str) -> Resu
                 weights.saved.insert(format!("{path}.{name}"), copy(var)?);
             }
         }
-        let adapter = lora.and_then(|lora| lora.lora(id));
-        match adapter.filter(|adapter| !adapter.is_idle()) {
-            Some(adapter) => {
+        let adapter = lora.and_then(|lora| Some((lora, lora.lora(id)?)));
+        match adapter.filter(|(_, adapter)| !adapter.is_idle()) {
+            Some((lora, adapter)) => {
+                bases.push((path.to_string(), lora.weight().clone()));
                 weights.dropout = adapter.dropout();
                 weights.dropout_position = adapter.dropout_position();
                 weights.layers.insert(path.to_string(), adapter.weights()?);
@@ -44,6 +48,8 @@ pub(crate) fn export<M: LoraTargets + ?Sized>(model: &mut M, name: &str) -> Resu
     }
     others.retain(|other| weights.layers.keys().any(|path| ends_with(other, path)));
     weights.excluded = others;
+    let bases = bases.iter().map(|(path, weight)| (path.as_str(), weight));
+    weights.origin.fingerprint = Some(Fingerprint::of(bases)?);
     Ok(weights)
 }
 

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::{roster::switch, swap::swap};
 use crate::{
     BiasMode, Error, LoraAdapter, LoraReport, LoraTargets, Result,
-    adapter::AdapterWeights,
+    adapter::{AdapterWeights, Fingerprint},
     apply::{Addition, attach, switch_for},
     config::is_adapter_dtype,
     select::type_name,
@@ -21,22 +21,44 @@ pub(crate) fn import<M: LoraTargets>(
     name: &str,
     weights: &AdapterWeights,
 ) -> Result<LoraReport> {
+    let found = Found::default();
+    add(model, name, weights, found)?.map_err(|problems| Error::adapter(name, problems.join("; ")))
+}
+
+/// What a folder said of the weights before the model is asked.
+#[derive(Default)]
+pub(crate) struct Found {
+    pub problems: Vec<String>,
+    /// Layers that the folder has, though not whole.
+    pub incomplete: BTreeSet<String>,
+}
+
+/// Adds an adapter, or says everything that is wrong with it.
+pub(crate) fn add<M: LoraTargets>(
+    model: &mut M,
+    name: &str,
+    weights: &AdapterWeights,
+    found: Found,
+) -> Result<Result<LoraReport, Vec<String>>> {
     let survey = Survey::of(model)?;
     let switch = switch_for(model, name)?;
-    let addition = addition::<M>(&survey, weights)
-        .map_err(|problems| Error::adapter(name, problems.join("; ")))?;
+    let addition = match addition::<M>(&survey, weights, found)? {
+        Ok(addition) => addition,
+        Err(problems) => return Ok(Err(problems)),
+    };
     let mut report = attach(model, &survey, &switch, name, addition)?;
     report.notes.clone_from(&weights.notes);
-    Ok(report)
+    Ok(Ok(report))
 }
 
 /// What an adapter adds to a model, or everything that is wrong with it.
 fn addition<M: LoraTargets>(
     survey: &Survey,
     weights: &AdapterWeights,
-) -> Result<Addition, Vec<String>> {
+    found: Found,
+) -> Result<Result<Addition, Vec<String>>> {
     let mut addition = Addition::new(weights.into());
-    let mut problems = Vec::new();
+    let mut problems = found.problems;
     let sites: HashMap<&str, &Site> = survey
         .sites
         .iter()
@@ -77,15 +99,49 @@ fn addition<M: LoraTargets>(
         });
         problems.extend(added.err());
     }
-    problems.extend(incomplete(&addition, survey, weights.bias));
-    if addition.loras.is_empty() && addition.trained.is_empty() && addition.parameters.is_empty() {
+    problems.extend(unpaired(&addition, survey, weights.bias));
+    let nothing = addition.loras.is_empty() && addition.trained.is_empty();
+    if nothing && addition.parameters.is_empty() && problems.is_empty() {
         problems.push("it has no tensors at all".to_string());
     }
+    for path in &found.incomplete {
+        if !sites.contains_key(path.as_str()) {
+            problems.push(unknown_layer::<M>(path, survey));
+        }
+    }
     if problems.is_empty() {
-        return Ok(addition);
+        problems.extend(other_base(survey, weights)?);
     }
     problems.sort();
-    Err(problems)
+    Ok(if problems.is_empty() {
+        Ok(addition)
+    } else {
+        Err(problems)
+    })
+}
+
+/// Says that an adapter was trained on another base, if it was.
+pub(super) fn other_base(survey: &Survey, weights: &AdapterWeights) -> Result<Option<String>> {
+    let Some(theirs) = &weights.origin.fingerprint else {
+        return Ok(None);
+    };
+    let adapted = survey
+        .sites
+        .iter()
+        .filter(|site| weights.layers.contains_key(&site.path));
+    let adapted: Vec<&Site> = adapted.collect();
+    // What f16 made of a base can't be told from another base.
+    if adapted.iter().any(|site| site.weight.dtype() == DType::F16) {
+        return Ok(None);
+    }
+    let ours = Fingerprint::of(adapted.iter().map(|site| (&*site.path, &site.weight)))?;
+    Ok((ours != *theirs).then(|| {
+        format!(
+            "it was trained on another base, whose fingerprint is {theirs}; this one's is {ours}. \
+             To use it all the same, `AdapterWeights::read` it, clear `origin.fingerprint` and \
+             import it"
+        )
+    }))
 }
 
 /// The body of [`LoraTargets::load_adapter`] where the model has the adapter already: its numbers
@@ -94,19 +150,26 @@ pub(crate) fn replace<M: LoraTargets>(
     model: &mut M,
     name: &str,
     weights: &AdapterWeights,
-) -> Result<()> {
+    found: Found,
+) -> Result<Result<(), Vec<String>>> {
     let survey = Survey::of(model)?;
     let switch = switch(model)?;
     switch.unmerged()?;
     let id = switch.read().pick(name)?.id;
-    let mut problems = addition::<M>(&survey, weights).err().unwrap_or_default();
-    let mut homeless: BTreeSet<&String> = weights.layers.keys().collect();
+    let incomplete = found.incomplete.clone();
+    let mut problems = addition::<M>(&survey, weights, found)?
+        .err()
+        .unwrap_or_default();
+    let mut homeless: BTreeSet<&str> = weights.layers.keys().map(String::as_str).collect();
+    homeless.retain(|path| survey.sites.iter().any(|site| site.path == *path));
     model.for_each_linear(&mut |path, linear| {
+        let path = path.as_str();
         let Some(old) = linear.adapted().and_then(|lora| lora.lora(id)) else {
             return Ok(());
         };
-        homeless.retain(|other| *other != path.as_str());
-        match weights.layers.get(path.as_str()) {
+        homeless.remove(path);
+        match weights.layers.get(path) {
+            None if incomplete.contains(path) => {}
             None => problems.push(format!("`{path}.lora_A.weight` is missing")),
             Some(new) if (new.rank(), new.scaling()) != (old.rank(), old.scaling()) => {
                 problems.push(format!(
@@ -121,12 +184,11 @@ pub(crate) fn replace<M: LoraTargets>(
         }
         Ok(())
     })?;
-    let known = |path: &&String| survey.sites.iter().any(|site| site.path == **path);
-    let bare = homeless.into_iter().filter(known);
+    let bare = homeless.into_iter();
     problems.extend(bare.map(|path| format!("`{path}` carries no adapter in the model")));
     if !problems.is_empty() {
         problems.sort();
-        return Err(Error::adapter(name, problems.join("; ")));
+        return Ok(Err(problems));
     }
     swap(model, name, weights)?;
     model.for_each_linear(&mut |_, linear| {
@@ -134,7 +196,8 @@ pub(crate) fn replace<M: LoraTargets>(
             lora.set_training(false);
         }
         Ok(())
-    })
+    })?;
+    Ok(Ok(()))
 }
 
 /// The message about a layer that the model does not have.
@@ -161,7 +224,7 @@ fn parameter<'a>(survey: &'a Survey, key: &str) -> Result<&'a Parameter, String>
             .map(|parameter| format!("{}.{}", parameter.path, parameter.name))
             .collect();
         let nearest = nearest_names(key, keys.iter().map(String::as_str));
-        format!("the model has no parameter `{key}`; {nearest}")
+        format!("the model has no parameter `{key}`; nearest: {nearest}")
     })
 }
 
@@ -185,7 +248,7 @@ fn fits<'a>(parameter: &'a Parameter, key: &str, tensor: &Tensor) -> Result<&'a 
 }
 
 /// Linear layers of which a part alone is there, though it is not by `bias`.
-fn incomplete(addition: &Addition, survey: &Survey, bias: BiasMode) -> Vec<String> {
+fn unpaired(addition: &Addition, survey: &Survey, bias: BiasMode) -> Vec<String> {
     let biased: HashSet<&str> = survey
         .sites
         .iter()

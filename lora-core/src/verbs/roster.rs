@@ -24,6 +24,7 @@ pub(crate) fn adapters<M: LoraTargets + ?Sized>(model: &mut M) -> Result<Adapter
 pub(crate) fn set<M: LoraTargets + ?Sized>(model: &mut M, names: &[impl AsRef<str>]) -> Result<()> {
     let switch = switch(model)?;
     switch.unmerged()?;
+    let names = names.iter().map(|name| (name.as_ref(), 1.0));
     let choice = switch.read().sum(names)?;
     switch.write().current = choice;
     settle(model, &switch)

@@ -4,10 +4,10 @@ use std::collections::{BTreeSet, HashMap};
 
 use candle_core::{Tensor, Var};
 
-use super::roster::switch;
+use super::{import::other_base, roster::switch};
 use crate::{
     Error, LoraTargets, Result, adapter::AdapterWeights, config::is_adapter_dtype,
-    lora_adapter::Swap, switch::AdapterId,
+    lora_adapter::Swap, survey::Survey, switch::AdapterId,
 };
 
 /// The body of [`LoraTargets::swap_adapter`].
@@ -27,6 +27,10 @@ pub(crate) fn swap<M: LoraTargets + ?Sized>(
         for (key, parameter) in &saved.parameters {
             plan.add_var(key, &parameter.trained, &parameter.original);
         }
+    }
+    if plan.is_sound() {
+        let survey = Survey::of(model)?;
+        plan.problems.extend(other_base(&survey, weights)?);
     }
     let Plan { layers, vars, .. } = plan
         .checked()
@@ -124,6 +128,10 @@ impl<'a> Plan<'a> {
             Ok(tensor) => self.vars.push((var.clone(), tensor)),
             Err(error) => self.problems.push(format!("`{key}`: {error}")),
         }
+    }
+
+    fn is_sound(&self) -> bool {
+        self.problems.is_empty() && self.homeless.is_empty()
     }
 
     fn checked(mut self) -> Result<Self, Vec<String>> {
