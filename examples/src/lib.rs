@@ -12,10 +12,12 @@
 //! | [`settings`], [`trainer`], [`optimizer`] | a training run that can be resumed |
 //! | [`generate`], [`evaluate`] | greedy decoding, accuracy |
 //! | [`plot`] | the loss curve |
+//! | [`adapter_cli`], [`merge_folder`] | adapters without their model |
 //! | [`cli`], [`files`] | devices and exit codes; files that are either old or new |
 
 #![forbid(unsafe_code)]
 
+pub mod adapter_cli;
 pub mod any_model;
 pub mod batch;
 pub mod bert;
@@ -29,6 +31,7 @@ pub mod files;
 pub mod generate;
 pub mod gguf;
 pub mod hf_folder;
+pub mod merge_folder;
 pub mod model;
 pub mod optimizer;
 pub mod plot;
