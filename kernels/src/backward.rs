@@ -123,13 +123,17 @@ impl Kernels {
             stride: cols,
         };
         let scales = Scales::all(linear.scaling);
-        launcher.shrink(dys, &saved.packed.b_rows(), &scales, post, &mut columns)?;
-        let ds = Rows::packed(ds.as_view(), rows, cols);
         let s = Rows::packed(saved.s.as_view(), rows, cols);
-
-        let side = Some((xs, &ds)).filter(|_| pre.is_none());
-        let side = launcher.side_work((out_features, in_features), &s, side);
-        let side = side.filter(|_| post.is_none());
+        let b_part = launcher.shrink_and_outer(
+            dys,
+            (&saved.packed.b_rows(), &scales, &mut columns),
+            &s,
+            post,
+        )?;
+        let ds = Rows::packed(ds.as_view(), rows, cols);
+        let side_b = Some(&s).filter(|_| b_part.is_none() && post.is_none());
+        let side_a = Some((xs, &ds)).filter(|_| pre.is_none());
+        let side = launcher.side_work(dys, in_features, side_b, side_a);
         let (dxs, parts) = match input {
             InputGradient::Wanted => {
                 let (dxs, parts) =
@@ -142,7 +146,7 @@ impl Kernels {
             Some(part) => part,
             None => launcher.outer(xs, &ds, pre)?,
         };
-        let b_part = match parts.b {
+        let b_part = match b_part.or(parts.b) {
             Some(part) => part,
             None => launcher.outer(dys, &s, post)?,
         };

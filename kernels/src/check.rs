@@ -133,6 +133,16 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
         [&f16[..], &[("RT", 16), ("MT", 2), ("WARPS", 8)]].concat(),
     ));
     if arch == "sm_90a" {
+        for ((down, across), ranks) in [((1, 0), 64), ((0, 1), 64), ((1, 1), 32)] {
+            for ranks in [16, 32, 64].into_iter().filter(|&r| r <= ranks) {
+                for dropout in [0, 1] {
+                    let options = [("DROPOUT", dropout), ("RT", ranks)];
+                    let products = [("DOWN", down), ("ACROSS", across)];
+                    let base = [("DTYPE", 1), ("ALIGNED", 1)];
+                    all.push((Kernel::Sweep, [base, options, products].concat()));
+                }
+            }
+        }
         for (backward, dropout) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
             for steps in 1..=4 {
                 for side in 0..=u32::from(backward == 1 && steps <= 2) {

@@ -254,12 +254,12 @@ impl Kernels {
             stride: columns.width,
         };
         let scales = Scales::all(linear.scaling);
-        launcher.shrink(dys, &packed.b_rows(), &scales, post, &mut into)?;
+        let part =
+            launcher.shrink_and_outer(dys, (&packed.b_rows(), &scales, &mut into), &s, post)?;
         let ds = ds.as_view();
         let ds = columns.of(&ds, rows)?;
-        let widths = (linear.out_features, linear.in_features);
-        let side = launcher.side_work(widths, &s, None);
-        let side = side.filter(|_| post.is_none());
+        let side = Some(&s).filter(|_| part.is_none() && post.is_none());
+        let side = launcher.side_work(dys, linear.in_features, side, None);
         let (dxs, parts) = match input {
             InputGradient::Wanted => {
                 let (dxs, parts) = launcher.input_gradient(dys, &ds, linear, packed, side)?;
@@ -267,7 +267,7 @@ impl Kernels {
             }
             InputGradient::Skipped => (None, Parts::default()),
         };
-        let part = match parts.b {
+        let part = match part.or(parts.b) {
             Some(part) => part,
             None => launcher.outer(dys, &s, post)?,
         };

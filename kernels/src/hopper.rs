@@ -1,22 +1,17 @@
 //! Launcher of the Hopper kernel: base product, bias and adapter in one pass over the output.
 
-use std::ptr;
-
-use cudarc::driver::sys::{
-    CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion,
-    CUtensorMapSwizzle, cuTensorMapEncodeTiled,
-};
 use cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use crate::dropout::Mask;
 use crate::element::{DType, Element};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gemm::Product;
 use crate::kernels::{Instance, Kernel};
 use crate::launch::{Grid, Launcher, arg};
 use crate::path::{Path, Preference, Reason};
 use crate::rows::{Rows, padded_width};
 use crate::skinny::Partial;
+use crate::tensor_map::TensorMap;
 
 // As in gemm.cu.
 const CLUSTER: usize = 2;
@@ -50,8 +45,8 @@ pub(crate) struct Fused<'a, T> {
 /// Partial sums of the adapter's gradients, for the blocks that the tiles leave over.
 pub(crate) struct SideWork<'a, T> {
     /// `S` of the forward `[rows, padded_rank]`, for the gradient of B.
-    pub s: &'a Rows<'a, T>,
-    /// The input of the layer and `dS`, for the gradient of A; none if it has to be masked.
+    pub b: Option<&'a Rows<'a, T>>,
+    /// The input of the layer and `dS`, for the gradient of A.
     pub a: Option<(&'a Rows<'a, T>, &'a Rows<'a, T>)>,
     /// How many blocks.
     pub blocks: usize,
@@ -111,24 +106,33 @@ impl Launcher<'_> {
         4 * useful >= 3 * clusters * tiles.div_ceil(clusters) * TILE * TILE
     }
 
-    /// What the blocks that the tiles of the gradient of the input leave over can make in the same
-    /// time: both gradients of the adapter, the one of B, or nothing.
+    /// Which of the gradients of the adapter the blocks that the tiles of `dx [rows, w_cols]` leave
+    /// over can make in the same time: those of B, given `S`, and of A, given the input and `dS`.
     pub fn side_work<'a, T: Element>(
         &self,
-        (w_rows, w_cols): (usize, usize),
-        s: &'a Rows<T>,
+        dys: &Rows<T>,
+        w_cols: usize,
+        b: Option<&'a Rows<'a, T>>,
         a: Option<(&'a Rows<'a, T>, &'a Rows<'a, T>)>,
     ) -> Option<SideWork<'a, T>> {
-        let tiles = s.rows.div_ceil(TILE) * w_cols.div_ceil(TILE);
+        let w_rows = dys.cols;
+        let tiles = dys.rows.div_ceil(TILE) * w_cols.div_ceil(TILE);
         let clusters = self.kernels.multiprocessors() / CLUSTER;
-        if tiles < clusters || s.cols > 32 {
+        let ranks = b.or(a.map(|(_, ds)| ds)).map_or(usize::MAX, |q| q.cols);
+        if tiles < clusters || ranks > 32 {
             return None;
         }
         let busy = tiles.div_ceil(tiles.div_ceil(clusters));
         let blocks = CLUSTER * (clusters - busy);
-        let in_time = |width: usize| width * FLOPS_PER_SIDE_BYTE <= blocks * w_rows * w_cols;
-        let a = a.filter(|(xs, _)| self.aligned(xs) && in_time(w_rows + w_cols));
-        (a.is_some() || in_time(w_rows)).then_some(SideWork { s, a, blocks })
+        let mut time = blocks * w_rows * w_cols / FLOPS_PER_SIDE_BYTE;
+        let mut take = |width: usize| {
+            let fits = width <= time;
+            time -= if fits { width } else { 0 };
+            fits
+        };
+        let b = b.filter(|_| take(w_rows));
+        let a = a.filter(|(xs, _)| self.aligned(xs) && take(w_cols));
+        (a.is_some() || b.is_some()).then_some(SideWork { b, a, blocks })
     }
 
     /// One pass over the output. [`Self::path`] must have chosen [`Path::Hopper`].
@@ -194,17 +198,16 @@ impl Launcher<'_> {
             CLUSTER * tiles.min((self.kernels.multiprocessors() - side_blocks) / CLUSTER);
         let blocks = tile_blocks + side_blocks;
         let side_a = side.as_ref().and_then(|side| side.a);
+        let side_b = side.as_ref().and_then(|side| side.b);
         let (b_cols, a_cols) = (
-            if side.is_some() { depth } else { 0 },
+            side_b.map_or(0, |_| depth),
             side_a.map_or(0, |(xs, _)| xs.cols),
         );
         let mut b_part = self.alloc::<f32>("partial gradients", rank * b_cols)?;
         let mut a_part = self.alloc::<f32>("partial gradients", rank * a_cols)?;
         let (b_at, b_guard) = b_part.device_ptr_mut(self.stream);
         let (a_at, a_guard) = a_part.device_ptr_mut(self.stream);
-        let s_ptr = side
-            .as_ref()
-            .map(|side| side.s.data.device_ptr(self.stream));
+        let s_ptr = side_b.map(|s| s.data.device_ptr(self.stream));
         let ds_ptr = side_a.map(|(xs, ds)| {
             (
                 xs.data.device_ptr(self.stream),
@@ -222,7 +225,7 @@ impl Launcher<'_> {
             ],
             part: [b_at, a_at],
             strides: [
-                side.as_ref().map_or(0, |side| side.s.stride as i32),
+                side_b.map_or(0, |s| s.stride as i32),
                 side_a.map_or(0, |(_, ds)| ds.stride as i32),
             ],
             cols: [b_cols as i32, a_cols as i32],
@@ -275,53 +278,3 @@ struct Side {
 
 // SAFETY: plain words in the layout of the kernel's struct `Side`.
 unsafe impl DeviceRepr for Side {}
-
-/// A description of a matrix for the copy engine, passed to kernels by value.
-#[derive(Clone, Copy)]
-#[repr(C, align(128))]
-struct TensorMap([u64; 16]);
-
-// SAFETY: plain words, the layout that the driver wrote.
-unsafe impl DeviceRepr for TensorMap {}
-
-impl TensorMap {
-    /// `[rows, cols]` at `address`, rows `stride` elements apart, in swizzled boxes of 64 columns.
-    fn new<T: Element>(
-        address: u64,
-        (rows, cols, stride): (usize, usize, usize),
-        box_rows: usize,
-    ) -> Result<Self> {
-        let mut map = Self([0; 16]);
-        let dtype = match T::DTYPE {
-            DType::Bf16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            DType::F32 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-        };
-        let (sizes, strides) = (
-            [cols as u64, rows as u64],
-            [(stride * size_of::<T>()) as u64],
-        );
-        let (box_size, steps) = ([DEPTH as u32, box_rows as u32], [1, 1]);
-        // SAFETY: the arrays have two, one, two and two elements, as rank 2 asks for; `map` is 128 bytes
-        // aligned to 128 and only written.
-        unsafe {
-            cuTensorMapEncodeTiled(
-                ptr::from_mut(&mut map).cast(),
-                dtype,
-                2,
-                address as *mut _,
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                box_size.as_ptr(),
-                steps.as_ptr(),
-                CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        }
-        .result()
-        .map_err(Error::driver("cuTensorMapEncodeTiled"))?;
-        Ok(map)
-    }
-}

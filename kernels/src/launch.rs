@@ -5,7 +5,8 @@ use std::ptr;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{
-    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchConfig, cuLaunchKernelEx,
+    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue_union__bindgen_ty_1,
+    CUlaunchConfig, cuLaunchKernelEx, cuOccupancyMaxActiveClusters,
 };
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr};
 
@@ -26,6 +27,8 @@ pub(crate) struct Grid {
     pub blocks: [u32; 3],
     pub threads: u32,
     pub shared_bytes: usize,
+    /// Blocks of a cluster, where the kernel leaves that to the launch.
+    pub cluster: Option<u32>,
 }
 
 impl Grid {
@@ -34,6 +37,31 @@ impl Grid {
             blocks,
             threads,
             shared_bytes: 0,
+            cluster: None,
+        }
+    }
+
+    /// The launch on `stream` with `attributes`, into which the cluster goes first.
+    fn config(&self, stream: &CudaStream, attributes: &mut [CUlaunchAttribute]) -> CUlaunchConfig {
+        if let (Some(cluster), Some(first)) = (self.cluster, attributes.first_mut()) {
+            first.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            first.value.clusterDim = CUlaunchAttributeValue_union__bindgen_ty_1 {
+                x: cluster,
+                y: 1,
+                z: 1,
+            };
+        }
+        CUlaunchConfig {
+            gridDimX: self.blocks[0],
+            gridDimY: self.blocks[1],
+            gridDimZ: self.blocks[2],
+            blockDimX: self.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared_bytes as u32,
+            hStream: stream.cu_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: u32::from(self.cluster.is_some()),
         }
     }
 }
@@ -78,23 +106,17 @@ impl Launcher<'_> {
             .context()
             .bind_to_thread()
             .map_err(Error::driver("context switch"))?;
-        // SAFETY: an attribute is plain words, all of which may be zero.
-        let mut early: CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        early.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        early.value.programmaticStreamSerializationAllowed = 1;
-        let config = CUlaunchConfig {
-            gridDimX: grid.blocks[0],
-            gridDimY: grid.blocks[1],
-            gridDimZ: grid.blocks[2],
-            blockDimX: grid.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: grid.shared_bytes as u32,
-            hStream: self.stream.cu_stream(),
-            attrs: &raw mut early,
-            numAttrs: u32::from(self.kernels.overlaps()),
-        };
-        // SAFETY: the configuration and its attribute live until the call returns; the arguments are
+        // SAFETY: attributes are plain words, all of which may be zero.
+        let mut attributes: [CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut config = grid.config(self.stream, &mut attributes);
+        if self.kernels.overlaps() {
+            let early = &mut attributes[config.numAttrs as usize];
+            early.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            early.value.programmaticStreamSerializationAllowed = 1;
+            config.numAttrs += 1;
+        }
+        config.attrs = attributes.as_mut_ptr();
+        // SAFETY: the configuration and its attributes live until the call returns; the arguments are
         // the caller's promise.
         unsafe {
             cuLaunchKernelEx(
@@ -106,6 +128,19 @@ impl Launcher<'_> {
         }
         .result()
         .map_err(Error::driver(call))
+    }
+
+    /// Clusters of `grid` that the card holds at once.
+    pub fn active_clusters(&self, function: &CudaFunction, grid: Grid) -> Result<usize> {
+        // SAFETY: as in `launch`.
+        let mut attributes: [CUlaunchAttribute; 1] = unsafe { std::mem::zeroed() };
+        let config = grid.config(self.stream, &mut attributes);
+        let mut count = 0;
+        // SAFETY: the configuration and its attribute live until the call returns; `count` is written.
+        unsafe { cuOccupancyMaxActiveClusters(&mut count, function.cu_function(), &config) }
+            .result()
+            .map_err(Error::driver("query of the clusters"))?;
+        Ok(count.max(1) as usize)
     }
 
     /// Whether whole 16-byte vectors can be loaded from `rows`.

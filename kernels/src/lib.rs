@@ -94,6 +94,8 @@ mod path;
 mod reduce;
 mod rows;
 mod skinny;
+mod sweep;
+mod tensor_map;
 
 pub use backward::{Gradients, InputGradient};
 pub use check::compile_all;

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::kernels::Kernel;
 use crate::launch::{Grid, Launcher, arg, grid_x};
 use crate::rows::{Rows, padded_width};
+use crate::sweep::Down;
 
 /// Factors of the columns of S and dS, one for every 16 of them; as in shrink.cu.
 #[derive(Clone, Copy)]
@@ -55,6 +56,10 @@ impl Launcher<'_> {
             return Ok(());
         }
         let padded = s.cols;
+        if self.sweeps(xs, padded, false) {
+            let down = Down { p: a, scales, s };
+            return self.sweep(xs, Some(down), None, mask).map(drop);
+        }
         let tile = rank_tile(padded);
         // More rows a block reuse `a` better; more blocks fill the card.
         let full_card = |row_tiles: usize| {
@@ -110,6 +115,22 @@ impl Launcher<'_> {
         // SAFETY: arguments in the order of shrink.cu; `xs` passed `Rows::check`, `a` is packed and
         // `s` has a padded row for every row of `xs`.
         unsafe { self.launch("launch of shrink", &function, grid, &args) }
+    }
+
+    /// [`Self::shrink`] of `z` into `down`, and partial sums of `qᵀ D(z)` where the same pass can make
+    /// them.
+    pub fn shrink_and_outer<T: Element>(
+        &self,
+        z: &Rows<T>,
+        (p, scales, s): (&CudaView<T>, &Scales, &mut RowsMut<T>),
+        q: &Rows<T>,
+        mask: Option<Mask>,
+    ) -> Result<Option<Partial>> {
+        if self.sweeps(z, s.cols, true) {
+            return self.sweep(z, Some(Down { p, scales, s }), Some(q), mask);
+        }
+        self.shrink(z, p, scales, mask, s)?;
+        Ok(None)
     }
 
     /// `out[rows, cols] = D(q pᵀ) + bias`, with `p` packed as padded cols by ranks.
@@ -172,6 +193,11 @@ impl Launcher<'_> {
         mask: Option<Mask>,
     ) -> Result<Partial> {
         let padded = q.cols;
+        if self.sweeps(z, padded, false)
+            && let Some(partial) = self.sweep(z, None, Some(q), mask)?
+        {
+            return Ok(partial);
+        }
         if z.rows == 0 {
             return Ok(Partial {
                 part: self.alloc("partial gradients", 0)?,
