@@ -6,14 +6,22 @@
 use candle_core::{DType, Device, Result, Tensor, Var, backend::BackendStorage};
 
 use super::*;
-use crate::{LoraInit, op::LoraLinear};
+use crate::{
+    op::LoraLinear,
+    philox::{halves, path_hash, philox},
+};
 
 const DEV: Device = Device::Cpu;
 const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
 
 /// Numbers around zero that depend on `name` alone.
 fn draw(name: &str, shape: (usize, usize), dtype: DType) -> Result<Tensor> {
-    LoraInit::Kaiming.draw(shape, 7, name, dtype, &DEV)
+    let count = (shape.0 * shape.1) as u32;
+    let values = (0..count).map(|i| {
+        let [word, ..] = philox::<10>([i, 0, 0, 0], halves(path_hash(name)));
+        (f64::from(word) / 2_147_483_648.0 - 1.0) / (shape.1 as f64).sqrt()
+    });
+    Tensor::from_vec(values.collect::<Vec<_>>(), shape, &DEV)?.to_dtype(dtype)
 }
 
 /// An adapter that owns its tensors.
