@@ -16,7 +16,6 @@ use crate::{
     trained::Trained,
 };
 
-pub(crate) use forward::over_rows;
 pub(crate) use share::Sharing;
 
 /// A linear layer whose weight `W [out, in]` and bias are frozen, and an adapter that is trained:

@@ -53,9 +53,9 @@ pub(crate) struct LoraLinear {
 }
 
 impl LoraLinear {
-    /// Applies the layer to `xs`, `[tokens, in]` and contiguous.
+    /// Applies the layer to `xs`, `[.., in]`.
     pub fn apply(
-        base: FrozenLinear,
+        base: &FrozenLinear,
         xs: &Tensor,
         (a, b): (&Tensor, &Tensor),
         scaling: f64,
@@ -63,18 +63,31 @@ impl LoraLinear {
     ) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if xs.device().is_cuda() {
-            let Some(reason) = cuda::unsupported(&base) else {
-                return cuda::linear::CudaLoraLinear::new(&base, (a, b), scaling, dropout)?
+            let Some(reason) = cuda::unsupported(base) else {
+                return cuda::linear::CudaLoraLinear::new(base, (a, b), scaling, dropout)?
                     .apply(xs, a, b);
             };
             tracing::debug!(reason, "lora forward, composed of candle's operations");
         }
+        over_rows(xs, base.weight().dim(0)?, |xs| {
+            Self::apply_rows(base, xs, (a, b), scaling, dropout)
+        })
+    }
+
+    /// Applies the layer to `xs`, `[tokens, in]` and contiguous.
+    fn apply_rows(
+        base: &FrozenLinear,
+        xs: &Tensor,
+        (a, b): (&Tensor, &Tensor),
+        scaling: f64,
+        dropout: Option<(Mask, DropoutPosition)>,
+    ) -> Result<Tensor> {
         let dtype = compute_dtype(base.weight().dtype());
         let input = dropped(&xs.detach().to_dtype(dtype)?, dropout, DropoutPosition::Pre)?;
         let hidden = thin::shrink(&input, &a.detach().to_dtype(dtype)?)?; // [tokens, rank]
         let b_transposed = b.detach().to_dtype(dtype)?.t()?.contiguous()?; // [rank, out]
         let op = Self {
-            base,
+            base: base.clone(),
             scaling,
             dropout,
             hidden,
@@ -269,4 +282,18 @@ fn dropped(
         Some((mask, at)) if at == position => mask.apply(xs),
         _ => Ok(xs.clone()),
     }
+}
+
+/// Applies `layer` to `xs [.., in]` seen as contiguous rows `[tokens, in]`.
+pub(crate) fn over_rows(
+    xs: &Tensor,
+    outputs: usize,
+    layer: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let Some((&inputs, leading)) = xs.dims().split_last() else {
+        bail!("a linear layer expects an input of at least one dimension")
+    };
+    let tokens = leading.iter().product::<usize>();
+    let shape = [leading, &[outputs]].concat();
+    layer(&xs.reshape((tokens, inputs))?.contiguous()?)?.reshape(shape)
 }

@@ -4,10 +4,10 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{Module, Result, Tensor, bail};
 
-use super::LinearLoRA;
+use super::{LinearLoRA, share::Acting};
 use crate::{
     LoraAdapter,
-    op::{FrozenLinear, LoraLinear, compute_dtype, parts},
+    op::{FrozenLinear, LoraLinear, compute_dtype, over_rows, parts},
     selection::{Choice, Pick, Rows},
 };
 
@@ -71,10 +71,15 @@ impl Module for LinearLoRA {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         self.check_input(xs)?;
         let outputs = self.weight().dim(0)?;
-        if !self.enabled {
-            return self.forward_base(xs);
+        let choice = self.choice()?;
+        match self.acting(&choice) {
+            Acting::Base => return self.forward_base(xs),
+            Acting::One(lora, weight) if lora.is_fused() => {
+                return alone(&self.base, xs, (lora, weight));
+            }
+            _ => {}
         }
-        match self.switch.choice()? {
+        match choice {
             Choice::Sum(picks) => over_rows(xs, outputs, |xs| self.sum(xs, &picks)),
             Choice::Rows(rows) => {
                 let (batch, rank) = (xs.dims()[0], xs.rank());
@@ -106,11 +111,7 @@ fn adapted(base: &FrozenLinear, xs: &Tensor, loras: &[Weighted]) -> Result<Tenso
         loras if loras.iter().any(|(lora, _)| !lora.is_fused()) => {
             composed(base.apply(xs)?, xs, loras)
         }
-        [(lora, weight)] if lora.lora_bias().is_none() => {
-            let adapter = (lora.lora_a().as_tensor(), lora.lora_b().as_tensor());
-            let scaling = lora.scaling() * weight;
-            LoraLinear::apply(base.clone(), xs, adapter, scaling, lora.mask())
-        }
+        [lora] if lora.0.lora_bias().is_none() => alone(base, xs, *lora),
         loras => {
             let parts: Vec<_> = loras
                 .iter()
@@ -119,6 +120,12 @@ fn adapted(base: &FrozenLinear, xs: &Tensor, loras: &[Weighted]) -> Result<Tenso
             parts::apply(base, xs, &parts)
         }
     }
+}
+
+/// A frozen layer and one adapter without a bias on all rows of `xs [.., in]`.
+fn alone(base: &FrozenLinear, xs: &Tensor, (lora, weight): Weighted) -> Result<Tensor> {
+    let adapter = (lora.lora_a().as_tensor(), lora.lora_b().as_tensor());
+    LoraLinear::apply(base, xs, adapter, lora.scaling() * weight, lora.mask())
 }
 
 /// `ys` and what adapters add to it, composed of candle's operations and rounded once.
@@ -131,18 +138,4 @@ fn composed(ys: Tensor, xs: &Tensor, loras: &[Weighted]) -> Result<Tensor> {
         sum = (sum + lora.composed(xs, *weight)?)?;
     }
     sum.to_dtype(xs.dtype())
-}
-
-/// Applies `layer` to `xs [.., in]` seen as contiguous rows `[tokens, in]`.
-pub(crate) fn over_rows(
-    xs: &Tensor,
-    outputs: usize,
-    layer: impl FnOnce(&Tensor) -> Result<Tensor>,
-) -> Result<Tensor> {
-    let Some((&inputs, leading)) = xs.dims().split_last() else {
-        bail!("a linear layer expects an input of at least one dimension")
-    };
-    let tokens = leading.iter().product::<usize>();
-    let shape = [leading, &[outputs]].concat();
-    layer(&xs.reshape((tokens, inputs))?.contiguous()?)?.reshape(shape)
 }

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// What acts on a layer in a forward pass.
-enum Acting<'a> {
+pub(super) enum Acting<'a> {
     /// The frozen base alone.
     Base,
     /// One adapter on all rows, without a bias, and what it is multiplied by beside its scaling.
@@ -22,30 +22,34 @@ enum Acting<'a> {
 }
 
 impl LinearLoRA {
-    fn acting(&self) -> Result<Acting<'_>> {
-        if !self.enabled {
-            return Ok(Acting::Base);
+    /// What the calling thread's forward pass selects for this layer.
+    pub(super) fn choice(&self) -> Result<Choice> {
+        match self.enabled {
+            true => self.switch.choice(),
+            false => Ok(Choice::none()),
         }
-        let choice = self.switch.choice()?;
-        let picks: &[Pick] = match &choice {
+    }
+
+    pub(super) fn acting(&self, choice: &Choice) -> Acting<'_> {
+        let picks: &[Pick] = match choice {
             Choice::Sum(picks) => picks,
             Choice::Rows(rows) => match rows.single() {
                 Some(pick) => std::slice::from_ref(pick),
-                None => return Ok(Acting::Parts),
+                None => return Acting::Parts,
             },
         };
         if picks.iter().any(|pick| self.trained(pick.id).is_some()) {
-            return Ok(Acting::Trained);
+            return Acting::Trained;
         }
         let mut loras = picks.iter().filter_map(|pick| {
             let lora = self.lora(pick.id).filter(|lora| !lora.is_idle())?;
             Some((lora, pick.weight))
         });
-        Ok(match (loras.next(), loras.next()) {
+        match (loras.next(), loras.next()) {
             (None, _) => Acting::Base,
             (Some((lora, weight)), None) if lora.lora_bias().is_none() => Acting::One(lora, weight),
             _ => Acting::Parts,
-        })
+        }
     }
 
     /// How the layer would compute its output for `xs`, and why not faster. The same is told with
@@ -55,7 +59,7 @@ impl LinearLoRA {
     /// If `xs` is no input of this layer, or what is selected can't act.
     pub fn compute_path(&self, xs: &Tensor) -> Result<ComputePath> {
         self.check_input(xs)?;
-        match self.acting()? {
+        match self.acting(&self.choice()?) {
             Acting::Base => Ok(ComputePath::Base),
             Acting::One(lora, _) if !lora.is_fused() => {
                 Ok(ComputePath::Composed("use_fused is off"))
@@ -89,7 +93,7 @@ impl LinearLoRA {
 
     /// The layer as one of several on one input, if it can be.
     pub(crate) fn sharing(&self) -> Result<Option<Sharing<'_>>> {
-        Ok(match self.acting()? {
+        Ok(match self.acting(&self.choice()?) {
             Acting::One(lora, weight) if lora.is_fused() && !lora.drops_input() => Some(Sharing {
                 layer: self,
                 lora,

@@ -7,8 +7,8 @@ use candle_nn::VarBuilder;
 
 use crate::{
     LinearLoRA, LoraAdapter,
-    linear_lora::{Sharing, over_rows},
-    op::FrozenLinear,
+    linear_lora::Sharing,
+    op::{FrozenLinear, over_rows},
     selection::Pick,
     switch::{AdapterId, MergedLayer, Switch},
     trained::Trained,

@@ -257,7 +257,7 @@ fn one_part_on_all_rows_is_lora_linear_bit_for_bit() -> Result<()> {
         }
         let whole = adapter.clone().rows([0..11]);
         let pair = (adapter.a.as_tensor(), adapter.b.as_tensor());
-        let expected = LoraLinear::apply(base.clone(), &xs, pair, 1.5, adapter.dropout)?;
+        let expected = LoraLinear::apply(&base, &xs, pair, 1.5, adapter.dropout)?;
         let expected_grads = expected.sqr()?.sum_all()?.backward()?;
         for adapter in [&adapter, &whole] {
             let ys = run(&base, &xs, std::slice::from_ref(adapter))?;
