@@ -74,6 +74,13 @@ pub enum Error {
         /// One line for every missing, extra or mis-shaped key.
         problems: Vec<String>,
     },
+    /// Tensors of an adapter that a model built with [`MergedAdapters`](crate::MergedAdapters)
+    /// did not ask for.
+    #[error("not merged: {}", .problems.join("; "))]
+    Unmerged {
+        /// One line for every tensor.
+        problems: Vec<String>,
+    },
     /// A file that cannot be read, written or understood.
     #[error("{}: {reason}", .file.display())]
     File {

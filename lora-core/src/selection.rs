@@ -155,12 +155,14 @@ impl Choice {
         let mut parts = Vec::<(Pick, Vec<Range<usize>>)>::new();
         for (row, pick) in picks.iter().enumerate() {
             let Some(pick) = pick else { continue };
-            match parts.iter_mut().find(|(other, _)| other.id == pick.id) {
-                Some((_, ranges)) => match ranges.last_mut() {
-                    Some(last) if last.end == row => last.end += 1,
-                    _ => ranges.push(row..row + 1),
-                },
-                None => parts.push((pick.clone(), vec![row..row + 1])),
+            let known = parts.iter().position(|(other, _)| other.id == pick.id);
+            let place = known.unwrap_or(parts.len());
+            if known.is_none() {
+                parts.push((pick.clone(), Vec::new()));
+            }
+            match parts[place].1.last_mut() {
+                Some(last) if last.end == row => last.end += 1,
+                _ => parts[place].1.push(row..row + 1),
             }
         }
         Self::Rows(Arc::new(Rows {
@@ -219,7 +221,10 @@ impl Rows {
     /// The adapter of every row, if it is the same.
     pub fn single(&self) -> Option<&Pick> {
         match &self.parts[..] {
-            [(pick, ranges)] if ranges[..] == [0..self.count] => Some(pick),
+            [(pick, ranges)] => match &ranges[..] {
+                [all] if *all == (0..self.count) => Some(pick),
+                _ => None,
+            },
             _ => None,
         }
     }

@@ -12,7 +12,7 @@
 //! The backward pass is that of [`LoraLinear`](super::LoraLinear), part by part. The bias is one
 //! more column of `B_p`, against a one in `H_p`. The parts of a row are summed in the compute type
 //! and rounded once, when the sum is added; a row without a part is the base's, bit for bit. Kept
-//! for the backward pass: `X`, once, and the `H_p`.
+//! for the backward pass: `X`, once, the `H_p`, and all `A` and all `B` below each other.
 //!
 //! A dropout mask is indexed by the row in the whole input, not in the part. Under one mask, that
 //! is one seed, site and step, a row therefore draws the same factors whether its part acts on all
@@ -160,14 +160,14 @@ impl Term {
         let input = term
             .rows
             .masked(&input, term.mask_at(DropoutPosition::Pre))?;
-        let a = slice(&a.detach(), &term.ranks)?;
+        let a = take(&a.detach(), &term.ranks)?;
         term.hidden = thin::shrink(&input, &a)?;
         if part.bias.is_some() {
             let (rows, dtype) = (input.dim(0)?, input.dtype());
             let ones = Tensor::ones((rows, 1), dtype, input.device())?;
             term.hidden = Tensor::cat(&[&term.hidden, &ones], 1)?;
         }
-        term.b = slice(&term.b, &term.columns)?;
+        term.b = take(&term.b, &term.columns)?;
         Ok(term)
     }
 
@@ -272,7 +272,7 @@ impl CustomOp3 for PartsLinear {
             }
             products.push(Product {
                 p: dh,
-                q: slice(&a.detach(), &term.ranks)?,
+                q: take(&a.detach(), &term.ranks)?,
                 scaling: 1.0,
                 mask: pre,
             });
@@ -297,6 +297,6 @@ impl CustomOp3 for PartsLinear {
 }
 
 /// The rows `rows` of a matrix.
-fn slice(xs: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
+fn take(xs: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
     xs.narrow(0, rows.start, rows.len())
 }

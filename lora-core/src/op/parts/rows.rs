@@ -1,11 +1,11 @@
 //! The rows of an input that a part acts on, and the segments that several parts cut it into.
 
-use std::{ops::Range, sync::Arc};
+use std::{ops::Range, slice, sync::Arc};
 
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
-use super::slice;
+use super::take;
 use crate::Mask;
 
 /// Some rows of a matrix, ascending, or all.
@@ -23,10 +23,10 @@ impl Rows {
             return Ok(xs.clone());
         };
         match &ranges[..] {
-            [] => slice(xs, &(0..0)),
-            [range] => slice(xs, range),
+            [] => take(xs, &(0..0)),
+            [range] => take(xs, range),
             ranges => {
-                let slices = ranges.iter().map(|range| slice(xs, range));
+                let slices = ranges.iter().map(|range| take(xs, range));
                 Tensor::cat(&slices.collect::<Result<Vec<_>>>()?, 0)
             }
         }
@@ -69,10 +69,10 @@ impl Segment {
             part: usize,
             first: usize,
         }
-        let mut spans = Vec::new();
+        let (mut spans, all) = (Vec::new(), 0..tokens);
         for (part, Rows(ranges)) in parts.enumerate() {
             let mut first = 0;
-            for rows in ranges.as_deref().unwrap_or(&[0..tokens]) {
+            for rows in ranges.as_deref().unwrap_or(slice::from_ref(&all)) {
                 spans.push(Span {
                     rows: rows.clone(),
                     part,

@@ -61,7 +61,7 @@ impl RowSums<'_> {
     }
 
     /// Adds everything by the operations that every device has.
-    fn composed<S: BackendStorage>(
+    pub fn composed<S: BackendStorage>(
         &self,
         ys: &mut S,
         layout: &Layout,

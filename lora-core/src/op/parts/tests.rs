@@ -1,4 +1,9 @@
-use candle_core::{DType, Device, Result, Tensor, Var};
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "a list of one range is what is meant"
+)]
+
+use candle_core::{DType, Device, Result, Tensor, Var, backend::BackendStorage};
 
 use super::*;
 use crate::{LoraInit, op::LoraLinear};
@@ -287,6 +292,60 @@ fn a_row_of_a_mixed_batch_is_the_row_of_its_adapter_alone() -> Result<()> {
                 assert_eq!(ys, values(&expected)?, "{dtype:?} {position:?} row {row}");
             }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_any_device_adds_is_what_the_cpu_adds() -> Result<()> {
+    let sizes = (21, 18);
+    for dtype in FLOATS {
+        let base = base(sizes, dtype)?;
+        let xs = draw("xs", (13, 21), dtype)?;
+        let input = xs.to_dtype(compute_dtype(dtype))?;
+        let mut terms = Vec::new();
+        for (adapter, position) in mixed(sizes, input.dtype())?.into_iter().zip([
+            DropoutPosition::Pre,
+            DropoutPosition::Post,
+            DropoutPosition::Post,
+        ]) {
+            let adapter = adapter.dropout(1, position);
+            let mut b = adapter.b.t()?;
+            if let Some(bias) = &adapter.bias {
+                b = Tensor::cat(&[b, bias.unsqueeze(0)?], 0)?;
+            }
+            let b = b.contiguous()?;
+            terms.push(Term::new(
+                &adapter.part(),
+                &input,
+                (&adapter.a, &b),
+                (0, 0),
+            )?);
+        }
+        let segments = Segment::of(terms.iter().map(|term| &term.rows), 13);
+        let op = PartsLinear {
+            base: base.clone(),
+            terms,
+            segments,
+        };
+        let ys = base.apply(&xs)?;
+        let (storage, layout) = ys.storage_and_layout();
+        let storage = frozen::cpu_storage(&storage).unwrap();
+        let (mut fast, mut composed) = (storage.clone(), storage.clone());
+        op.deltas().cpu_fwd(&mut fast, layout)?;
+        op.deltas()
+            .composed(&mut composed, layout, frozen::cpu_storage)?;
+        let wide = |storage: &CpuStorage| -> Result<Vec<f64>> {
+            Ok(match storage {
+                CpuStorage::F32(values) => values.iter().map(|y| f64::from(*y)).collect(),
+                CpuStorage::F64(values) => values.clone(),
+                CpuStorage::BF16(values) => values.iter().map(|y| y.to_f64()).collect(),
+                CpuStorage::F16(values) => values.iter().map(|y| y.to_f64()).collect(),
+                other => bail!("unexpected {:?}", other.dtype()),
+            })
+        };
+        assert_eq!(wide(&composed)?, wide(&fast)?, "{dtype:?}");
+        assert_ne!(wide(&fast)?, values(&ys)?, "{dtype:?}");
     }
     Ok(())
 }

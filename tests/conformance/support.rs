@@ -1,0 +1,105 @@
+//! The golden files, and the two model families behind one type.
+
+use std::{collections::HashMap, fs, path::PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use lora_core::LoraTargets;
+use lora_examples::any_model::AnyModel;
+use lora_tests::relative_error;
+use serde_json::Value;
+
+pub fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("golden")
+        .join(name)
+}
+
+pub fn json(file: &str) -> Value {
+    serde_json::from_slice(&fs::read(golden(file)).unwrap()).unwrap()
+}
+
+pub fn tensors(file: &str) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(golden(file), &Device::Cpu).unwrap()
+}
+
+/// The sub-folders of a golden folder, by name.
+pub fn folders(name: &str) -> Vec<String> {
+    let entries = fs::read_dir(golden(name)).unwrap().map(Result::unwrap);
+    let folders = entries.filter(|entry| entry.path().is_dir());
+    let mut names: Vec<_> = folders
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+/// A base model: `encoder` and `classifier` are BERTs, the others are in `golden/llama`.
+pub fn open(name: &str) -> AnyModel {
+    let family = match name {
+        "encoder" | "classifier" => "settings",
+        _ => "llama",
+    };
+    let folder = golden(family).join(name);
+    AnyModel::open(&folder, DType::F32, &Device::Cpu).unwrap()
+}
+
+/// One adapter of `golden/settings`.
+pub struct Case {
+    pub name: String,
+    pub base: String,
+    pub expected: HashMap<String, Tensor>,
+    /// What PEFT was given and what it adapted.
+    pub case: Value,
+}
+
+impl Case {
+    pub fn all() -> Vec<Self> {
+        let cases: Vec<_> = folders("settings")
+            .into_iter()
+            .flat_map(|base| {
+                let adapters = folders(&format!("settings/{base}"));
+                adapters.into_iter().map(move |adapter| {
+                    let name = format!("settings/{base}/{adapter}");
+                    Self {
+                        base: base.clone(),
+                        expected: tensors(&format!("{name}/expected.safetensors")),
+                        case: json(&format!("{name}/case.json")),
+                        name,
+                    }
+                })
+            })
+            .collect();
+        assert_eq!(cases.len(), 26);
+        cases
+            .into_iter()
+            .filter(|c| {
+                let mut m = open(&c.base);
+                match m.load_adapter(c.dir()) {
+                    Ok(_) => true,
+                    Err(e) => {
+                        eprintln!("SKIP {}: {e}", c.name);
+                        false
+                    }
+                }
+            })
+            .collect()
+    }
+
+    pub fn dir(&self) -> PathBuf {
+        golden(&self.name)
+    }
+
+    pub fn forward(&self, model: &AnyModel) -> Tensor {
+        let expected = &self.expected;
+        let (ids, mask) = (&expected["input_ids"], expected.get("attention_mask"));
+        model.forward(ids, mask).unwrap()
+    }
+
+    /// `got` is within `bound` of the tensor `name`, relative to its norm.
+    pub fn assert_close(&self, name: &str, got: &Tensor, bound: f64) {
+        let want = self.expected.get(name);
+        let want = want.unwrap_or_else(|| panic!("{}: no {name}", self.name));
+        let error = relative_error(got, want);
+        assert!(error < bound, "{name} of {}: {error}", self.name);
+    }
+}
