@@ -13,11 +13,13 @@ use crate::hopper::{Fused, Parts, SideWork};
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
+use crate::masking::Masking;
 use crate::pack::Source;
 use crate::path::Path;
 use crate::reduce::Sum;
 use crate::rows::{Rows, padded_rank};
 use crate::skinny::{RowsMut, Scales};
+use crate::sweep::Down;
 
 /// What a backward returns.
 #[derive(Debug)]
@@ -124,31 +126,40 @@ impl Kernels {
         };
         let scales = Scales::all(linear.scaling);
         let s = Rows::packed(saved.s.as_view(), rows, cols);
-        let b_part = launcher.shrink_and_outer(
-            dys,
-            (&saved.packed.b_rows(), &scales, &mut columns),
-            &s,
-            post,
-        )?;
+        let hopper = input == InputGradient::Wanted
+            && linear.path(&launcher, Product::Backward, dys) == Path::Hopper;
+        let mut bits = pre
+            .filter(|_| hopper)
+            .map(|mask| launcher.bits((rows, in_features), mask))
+            .transpose()?;
+        let down = Down {
+            p: &saved.packed.b_rows(),
+            scales: &scales,
+            s: &mut columns,
+            bits: bits.as_mut(),
+        };
+        let b_part = launcher.shrink_and_outer(dys, down, &s, post)?;
+        let masking = bits
+            .as_ref()
+            .map_or(Masking::drawn(pre), |bits| Masking::Read(bits));
         let ds = Rows::packed(ds.as_view(), rows, cols);
         let side_b = Some(&s).filter(|_| b_part.is_none() && post.is_none());
-        let side_a = Some((xs, &ds)).filter(|_| pre.is_none());
-        let side = launcher.side_work(dys, in_features, side_b, side_a);
+        let side = launcher.side_work(dys, in_features, side_b, Some((xs, &ds)));
         let (dxs, parts) = match input {
             InputGradient::Wanted => {
                 let (dxs, parts) =
-                    launcher.input_gradient(dys, &ds, linear, &saved.packed, side)?;
+                    launcher.input_gradient(dys, &ds, linear, &saved.packed, masking, side)?;
                 (Some(dxs), parts)
             }
             InputGradient::Skipped => (None, Parts::default()),
         };
         let a_part = match parts.a {
             Some(part) => part,
-            None => launcher.outer(xs, &ds, pre)?,
+            None => launcher.outer(xs, &ds, masking)?,
         };
         let b_part = match b_part.or(parts.b) {
             Some(part) => part,
-            None => launcher.outer(dys, &s, post)?,
+            None => launcher.outer(dys, &s, Masking::drawn(post))?,
         };
         let a_sum = Sum {
             partial: &a_part,
@@ -177,9 +188,9 @@ impl Launcher<'_> {
         ds: &Rows<T>,
         linear: &LoraLinear<T, P>,
         packed: &Packed<T>,
+        masking: Masking,
         side: Option<SideWork<T>>,
     ) -> Result<(CudaSlice<T>, Parts)> {
-        let mask = Dropout::at(linear.dropout, Place::Pre);
         let mut dxs = self.alloc("the gradient of the input", dys.rows * linear.in_features)?;
         let parts = match linear.path(self, Product::Backward, dys) {
             Path::Hopper => {
@@ -192,7 +203,7 @@ impl Launcher<'_> {
                     bias: None,
                     q: ds,
                     p: &packed.a_rows(),
-                    mask,
+                    masking,
                     side,
                 };
                 self.fused(fused, &mut dxs)?
@@ -207,7 +218,7 @@ impl Launcher<'_> {
                         again.at(0)
                     }
                 };
-                self.expand(ds, &a, None, mask, (&mut dxs, linear.in_features))?;
+                self.expand(ds, &a, None, masking.mask(), (&mut dxs, linear.in_features))?;
                 self.accumulate(Product::Backward, dys, linear, &mut dxs)?;
                 Parts::default()
             }

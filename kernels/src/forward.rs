@@ -12,6 +12,7 @@ use crate::hopper::Fused;
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
+use crate::masking::Masking;
 use crate::path::Path;
 use crate::rows::{Rows, padded_rank};
 use crate::skinny::{RowsMut, Scales};
@@ -142,7 +143,7 @@ impl Launcher<'_> {
                     bias,
                     q: s,
                     p: &b,
-                    mask,
+                    masking: Masking::drawn(mask),
                     side: None,
                 };
                 self.fused(fused, ys).map(drop)

@@ -23,11 +23,13 @@ use crate::hopper::Parts;
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
+use crate::masking::Masking;
 use crate::pack::Source;
 use crate::path::Path;
 use crate::reduce::Sum;
 use crate::rows::{Rows, padded_rank};
 use crate::skinny::{RowsMut, Scales};
+use crate::sweep::Down;
 
 /// Where the members of a group stand in its S and dS.
 ///
@@ -254,22 +256,28 @@ impl Kernels {
             stride: columns.width,
         };
         let scales = Scales::all(linear.scaling);
-        let part =
-            launcher.shrink_and_outer(dys, (&packed.b_rows(), &scales, &mut into), &s, post)?;
+        let down = Down {
+            p: &packed.b_rows(),
+            scales: &scales,
+            s: &mut into,
+            bits: None,
+        };
+        let part = launcher.shrink_and_outer(dys, down, &s, post)?;
         let ds = ds.as_view();
         let ds = columns.of(&ds, rows)?;
         let side = Some(&s).filter(|_| part.is_none() && post.is_none());
         let side = launcher.side_work(dys, linear.in_features, side, None);
         let (dxs, parts) = match input {
             InputGradient::Wanted => {
-                let (dxs, parts) = launcher.input_gradient(dys, &ds, linear, packed, side)?;
+                let (dxs, parts) =
+                    launcher.input_gradient(dys, &ds, linear, packed, Masking::Off, side)?;
                 (Some(dxs), parts)
             }
             InputGradient::Skipped => (None, Parts::default()),
         };
         let part = match part.or(parts.b) {
             Some(part) => part,
-            None => launcher.outer(dys, &s, post)?,
+            None => launcher.outer(dys, &s, Masking::drawn(post))?,
         };
         let sum = Sum {
             partial: &part,
@@ -306,7 +314,7 @@ impl Kernels {
             .map(|columns| launcher.alloc("a gradient of A", columns.rank * xs.cols))
             .collect::<Result<Vec<CudaSlice<P>>>>()?;
         let ds = Rows::packed(ds.slice(..), xs.rows, layout.width);
-        let partial = launcher.outer(xs, &ds, None)?;
+        let partial = launcher.outer(xs, &ds, Masking::Off)?;
         let mut views: Vec<_> = grads.iter_mut().map(|grad| grad.as_view_mut()).collect();
         let mut sums: Vec<_> = views
             .iter_mut()

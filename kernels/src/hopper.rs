@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::gemm::Product;
 use crate::kernels::{Instance, Kernel};
 use crate::launch::{Grid, Launcher, arg};
+use crate::masking::Masking;
 use crate::path::{Path, Preference, Reason};
 use crate::rows::{Rows, padded_width};
 use crate::skinny::Partial;
@@ -18,7 +19,10 @@ const CLUSTER: usize = 2;
 const TILE: usize = 256;
 const DEPTH: usize = 64;
 const STAGES: usize = 4;
-const SHARED_BYTES: usize = STAGES * (128 + 256) * DEPTH * 2 + 8 * 16 * 66 * 4;
+const STORE_BYTES: usize = 2 * 2 * 64 * 64 * 2;
+const SHARED_BYTES: usize = STAGES * (128 + 256) * DEPTH * 2 + STORE_BYTES;
+const SIDE_BOX_ROWS: usize = 32;
+const SIDE_RING_BYTES: usize = 8 * 4 * SIDE_BOX_ROWS * 64 * 2;
 
 /// Multiplications of the tensor cores of the whole card while one block of side work reads a byte:
 /// about 770 TFLOP/s against 48 GB/s, measured beside full tiles on an H200.
@@ -37,7 +41,7 @@ pub(crate) struct Fused<'a, T> {
     pub q: &'a Rows<'a, T>,
     /// B as `[w_rows, rank]` forward, A as `[rank, w_cols]` backward; both padded.
     pub p: &'a CudaView<'a, T>,
-    pub mask: Option<Mask>,
+    pub masking: Masking<'a>,
     /// Backward: partial sums to make beside the product.
     pub side: Option<SideWork<'a, T>>,
 }
@@ -46,7 +50,7 @@ pub(crate) struct Fused<'a, T> {
 pub(crate) struct SideWork<'a, T> {
     /// `S` of the forward `[rows, padded_rank]`, for the gradient of B.
     pub b: Option<&'a Rows<'a, T>>,
-    /// The input of the layer and `dS`, for the gradient of A.
+    /// The input of the layer and `dS`, for the gradient of A; masked like the output.
     pub a: Option<(&'a Rows<'a, T>, &'a Rows<'a, T>)>,
     /// How many blocks.
     pub blocks: usize,
@@ -146,7 +150,7 @@ impl Launcher<'_> {
             bias,
             q,
             p,
-            mask,
+            masking,
             side,
         } = call;
         let forward = product == Product::Forward;
@@ -167,7 +171,7 @@ impl Launcher<'_> {
                 ("DTYPE", T::DTYPE.define()),
                 ("ALIGNED", 1),
                 ("BACKWARD", u32::from(!forward)),
-                ("DROPOUT", u32::from(mask.is_some())),
+                ("DROPOUT", masking.define()),
                 ("RANK_STEPS", ((rank - 1) % DEPTH / 16 + 1) as u32),
                 ("SIDE", u32::from(side_blocks > 0)),
             ],
@@ -203,8 +207,15 @@ impl Launcher<'_> {
             side_b.map_or(0, |_| depth),
             side_a.map_or(0, |(xs, _)| xs.cols),
         );
-        let mut b_part = self.alloc::<f32>("partial gradients", rank * b_cols)?;
-        let mut a_part = self.alloc::<f32>("partial gradients", rank * a_cols)?;
+        // Segments of rows whose q fits, as many for each block.
+        let most = (SHARED_BYTES - SIDE_RING_BYTES) / (2 * rank) / SIDE_BOX_ROWS * SIDE_BOX_ROWS;
+        let shares = side_blocks.max(1);
+        let segment_rows = rows
+            .div_ceil(shares * rows.div_ceil(shares * most))
+            .next_multiple_of(SIDE_BOX_ROWS);
+        let segments = rows.div_ceil(segment_rows);
+        let mut b_part = self.alloc::<f32>("partial gradients", segments * rank * b_cols)?;
+        let mut a_part = self.alloc::<f32>("partial gradients", segments * rank * a_cols)?;
         let (b_at, b_guard) = b_part.device_ptr_mut(self.stream);
         let (a_at, a_guard) = a_part.device_ptr_mut(self.stream);
         let s_ptr = side_b.map(|s| s.data.device_ptr(self.stream));
@@ -214,9 +225,12 @@ impl Launcher<'_> {
                 ds.data.device_ptr(self.stream),
             )
         });
-        let side_map = match (side_a, &ds_ptr) {
-            (Some((xs, _)), Some(((at, _), _))) => map(*at, rows, xs.cols, xs.stride, 128)?,
-            _ => input_map,
+        let side0_map = map(input_at, rows, depth, input.stride, SIDE_BOX_ROWS)?;
+        let side1_map = match (side_a, &ds_ptr) {
+            (Some((xs, _)), Some(((at, _), _))) => {
+                map(*at, rows, xs.cols, xs.stride, SIDE_BOX_ROWS)?
+            }
+            _ => side0_map,
         };
         let side_job = Side {
             q: [
@@ -229,10 +243,12 @@ impl Launcher<'_> {
                 side_a.map_or(0, |(_, ds)| ds.stride as i32),
             ],
             cols: [b_cols as i32, a_cols as i32],
-            blocks: side_blocks as i64,
+            segment_rows: segment_rows as i32,
+            blocks: side_blocks as i32,
         };
         let (rows, cols, depth, rank) = (rows as i32, cols as i32, depth as i32, rank as i32);
-        let mask = mask.unwrap_or_default();
+        let mask = masking.mask().unwrap_or_default();
+        let bits_at = self.bits_address(masking);
         let bias = bias.map(|bias| bias.device_ptr(self.stream));
         let bias_at = bias.as_ref().map_or(0, |(at, _)| *at);
         let args = [
@@ -241,13 +257,15 @@ impl Launcher<'_> {
             arg(&q_map),
             arg(&p_map),
             arg(&out_map),
-            arg(&side_map),
+            arg(&side0_map),
+            arg(&side1_map),
             arg(&bias_at),
             arg(&rows),
             arg(&cols),
             arg(&depth),
             arg(&rank),
             arg(&mask),
+            arg(&bits_at),
             arg(&side_job),
         ];
         let grid = Grid {
@@ -258,9 +276,14 @@ impl Launcher<'_> {
         // whose sizes the caller checked, and the guards above order the stream after their writers.
         unsafe { self.launch("launch of gemm", &function, grid, &args) }?;
         drop((out_guard, a_guard, b_guard));
-        let ranks = q.cols;
-        let a = (a_cols > 0).then(|| Partial::whole(a_part, ranks, a_cols));
-        let b = (b_cols > 0).then(|| Partial::whole(b_part, ranks, b_cols));
+        let partial = |part, cols| Partial {
+            part,
+            splits: segments,
+            ranks: q.cols,
+            cols,
+        };
+        let a = (a_cols > 0).then(|| partial(a_part, a_cols));
+        let b = (b_cols > 0).then(|| partial(b_part, b_cols));
         Ok(Parts { a, b })
     }
 }
@@ -273,7 +296,8 @@ struct Side {
     part: [u64; 2],
     strides: [i32; 2],
     cols: [i32; 2],
-    blocks: i64,
+    segment_rows: i32,
+    blocks: i32,
 }
 
 // SAFETY: plain words in the layout of the kernel's struct `Side`.

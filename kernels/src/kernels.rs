@@ -43,6 +43,7 @@ pub(crate) enum Kernel {
     Outer,
     Reduce,
     Sweep,
+    Bits,
     Gemm,
 }
 
@@ -55,6 +56,7 @@ impl Kernel {
             Self::Outer => "outer",
             Self::Reduce => "reduce",
             Self::Sweep => "sweep",
+            Self::Bits => "bits",
             Self::Gemm => "gemm",
         }
     }
@@ -88,6 +90,7 @@ impl Kernel {
             Self::Outer => with_tile!("outer.cu"),
             Self::Reduce => with_tile!("reduce.cu"),
             Self::Sweep => with_hopper!("sweep.cu"),
+            Self::Bits => with_hopper!("bits.cu"),
             Self::Gemm => with_hopper!("gemm.cu"),
         }
     }

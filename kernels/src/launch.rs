@@ -73,7 +73,7 @@ pub(crate) fn arg<V: DeviceRepr>(value: &V) -> *mut c_void {
 
 impl Launcher<'_> {
     /// Uninitialized device memory.
-    pub fn alloc<T: Element>(&self, what: &'static str, len: usize) -> Result<CudaSlice<T>> {
+    pub fn alloc<T: DeviceRepr>(&self, what: &'static str, len: usize) -> Result<CudaSlice<T>> {
         if len == 0 {
             return self.stream.null().map_err(Error::driver("allocation"));
         }

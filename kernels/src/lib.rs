@@ -88,6 +88,7 @@ mod hopper;
 mod kernels;
 mod launch;
 mod linear;
+mod masking;
 mod memory;
 mod pack;
 mod path;

@@ -64,8 +64,8 @@ impl Launcher<'_> {
                     transpose: i32::from(transpose),
                 };
             }
-            let blocks = largest.div_ceil(256).clamp(1, 1024) as u32;
-            let grid = Grid::new([blocks, count, 1], 256);
+            let blocks = largest.div_ceil(128).clamp(1, 1024) as u32;
+            let grid = Grid::new([blocks, count, 1], 128);
             // SAFETY: arguments in the order of reduce.cu; the partial sums have the sizes of their
             // jobs and the gradients were checked to have rank * cols elements.
             unsafe { self.launch("launch of reduce", &function, grid, &[arg(&jobs)]) }?;

@@ -9,8 +9,9 @@ use crate::element::{DType, Element};
 use crate::error::Result;
 use crate::kernels::Kernel;
 use crate::launch::{Grid, Launcher, arg, grid_x};
+use crate::masking::Masking;
 use crate::rows::{Rows, padded_width};
-use crate::sweep::Down;
+use crate::sweep::{self, Down};
 
 /// Factors of the columns of S and dS, one for every 16 of them; as in shrink.cu.
 #[derive(Clone, Copy)]
@@ -56,10 +57,7 @@ impl Launcher<'_> {
             return Ok(());
         }
         let padded = s.cols;
-        if self.sweeps(xs, padded, false) {
-            let down = Down { p: a, scales, s };
-            return self.sweep(xs, Some(down), None, mask).map(drop);
-        }
+
         let tile = rank_tile(padded);
         // More rows a block reuse `a` better; more blocks fill the card.
         let full_card = |row_tiles: usize| {
@@ -122,14 +120,18 @@ impl Launcher<'_> {
     pub fn shrink_and_outer<T: Element>(
         &self,
         z: &Rows<T>,
-        (p, scales, s): (&CudaView<T>, &Scales, &mut RowsMut<T>),
+        down: Down<T>,
         q: &Rows<T>,
         mask: Option<Mask>,
     ) -> Result<Option<Partial>> {
-        if self.sweeps(z, s.cols, true) {
-            return self.sweep(z, Some(Down { p, scales, s }), Some(q), mask);
+        if self.sweeps(z, q.cols, sweep::both(mask.is_some())) {
+            let partial = self.sweep(z, q, Some(down), Masking::drawn(mask))?;
+            return Ok(Some(partial));
         }
-        self.shrink(z, p, scales, mask, s)?;
+        if let Some(bits) = down.bits {
+            self.draw(bits)?;
+        }
+        self.shrink(z, down.p, down.scales, mask, down.s)?;
         Ok(None)
     }
 
@@ -186,18 +188,11 @@ impl Launcher<'_> {
     }
 
     /// Partial sums of `qᵀ D(z)`: `[splits, q.cols, z.cols]`, to be added up by [`Self::reduce`].
-    pub fn outer<T: Element>(
-        &self,
-        z: &Rows<T>,
-        q: &Rows<T>,
-        mask: Option<Mask>,
-    ) -> Result<Partial> {
-        let padded = q.cols;
-        if self.sweeps(z, padded, false)
-            && let Some(partial) = self.sweep(z, None, Some(q), mask)?
-        {
-            return Ok(partial);
+    pub fn outer<T: Element>(&self, z: &Rows<T>, q: &Rows<T>, masking: Masking) -> Result<Partial> {
+        if self.sweeps(z, q.cols, sweep::ONE) {
+            return self.sweep(z, q, None, masking);
         }
+        let (padded, mask) = (q.cols, masking.mask());
         if z.rows == 0 {
             return Ok(Partial {
                 part: self.alloc("partial gradients", 0)?,
@@ -269,18 +264,6 @@ pub(crate) struct Partial {
     pub splits: usize,
     pub ranks: usize,
     pub cols: usize,
-}
-
-impl Partial {
-    /// Sums that were not split.
-    pub fn whole(part: CudaSlice<f32>, ranks: usize, cols: usize) -> Self {
-        Self {
-            part,
-            splits: 1,
-            ranks,
-            cols,
-        }
-    }
 }
 
 /// Ranks that one block handles.

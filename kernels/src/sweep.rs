@@ -2,11 +2,11 @@
 
 use cudarc::driver::{CudaView, DevicePtr, DevicePtrMut};
 
-use crate::dropout::Mask;
 use crate::element::{DType, Element};
 use crate::error::Result;
 use crate::kernels::{Instance, Kernel};
 use crate::launch::{Grid, Launcher, arg};
+use crate::masking::{Bits, BitsArg, Masking};
 use crate::rows::{Rows, padded_width};
 use crate::skinny::{Partial, RowsMut, Scales};
 use crate::tensor_map::TensorMap;
@@ -20,50 +20,56 @@ const BOX_BYTES: usize = 32 * 64 * 2;
 const SHARED_LIMIT: usize = 226 * 1024;
 const LARGEST_GROUP: usize = 8;
 
-/// `s[rows, ranks] = scales · D(z) pᵀ`
+/// Most ranks of the partial sums alone.
+pub(crate) const ONE: usize = 64;
+/// Most ranks of both products, by the registers they take.
+pub(crate) const fn both(masked: bool) -> usize {
+    if masked { 16 } else { 32 }
+}
+
+/// `s[rows, ranks] = scales · D(z) pᵀ`, and bits to draw on the way.
 pub(crate) struct Down<'a, 'b, T> {
     /// Ranks by padded width of z.
     pub p: &'a CudaView<'a, T>,
     pub scales: &'a Scales,
     pub s: &'a mut RowsMut<'b, T>,
+    pub bits: Option<&'a mut Bits>,
 }
 
 impl Launcher<'_> {
-    /// Whether [`Self::sweep`] can run on `z` with that many padded ranks, for both products at once
-    /// or for one.
-    pub fn sweeps<T: Element>(&self, z: &Rows<T>, ranks: usize, both: bool) -> bool {
+    /// Whether [`Self::sweep`] can run on `z` with up to `most` padded ranks.
+    pub fn sweeps<T: Element>(&self, z: &Rows<T>, ranks: usize, most: usize) -> bool {
         self.kernels.arch() == "sm_90a"
             && T::DTYPE != DType::F32
-            && ranks <= if both { 32 } else { 64 }
+            && ranks <= most
             && z.rows > 0
             && self.aligned(z)
     }
 
-    /// One pass over `z` for `down`, and for partial sums of `qᵀ D(z)` if there is a `q`.
+    /// One pass over `z` for partial sums of `qᵀ D(z)`, and for `down`.
     pub fn sweep<T: Element>(
         &self,
         z: &Rows<T>,
+        q: &Rows<T>,
         down: Option<Down<T>>,
-        q: Option<&Rows<T>>,
-        mask: Option<Mask>,
-    ) -> Result<Option<Partial>> {
-        let ranks = match (&down, q) {
-            (Some(down), _) => down.s.cols,
-            (None, Some(q)) => q.cols,
-            (None, None) => return Ok(None),
-        };
+        masking: Masking,
+    ) -> Result<Partial> {
+        let ranks = q.cols;
         let instance = Instance {
             kernel: Kernel::Sweep,
             defines: vec![
                 ("DTYPE", T::DTYPE.define()),
                 ("ALIGNED", 1),
-                ("DROPOUT", u32::from(mask.is_some())),
+                ("DROPOUT", masking.define()),
                 ("RT", ranks as u32),
                 ("DOWN", u32::from(down.is_some())),
-                ("ACROSS", u32::from(q.is_some())),
+                (
+                    "BITS",
+                    u32::from(down.as_ref().is_some_and(|d| d.bits.is_some())),
+                ),
             ],
         };
-        let shared = Shared::new(ranks, down.is_some(), q.is_some());
+        let shared = Shared::new(ranks, down.is_some());
         let function = self.kernels.function(instance.clone(), SHARED_LIMIT)?;
         let group = group(z.cols.div_ceil(CHUNK));
         let mut grid = Grid {
@@ -82,8 +88,7 @@ impl Launcher<'_> {
         grid.blocks[0] = (group * groups.min(blocks)) as u32;
         grid.shared_bytes = shared.bytes(block_rows);
 
-        let splits = if q.is_some() { blocks } else { 0 };
-        let mut part = self.alloc::<f32>("partial gradients", splits * ranks * z.cols)?;
+        let mut part = self.alloc::<f32>("partial gradients", blocks * ranks * z.cols)?;
         let (part_at, part_guard) = part.device_ptr_mut(self.stream);
         let (z_at, _z) = z.data.device_ptr(self.stream);
         let z_map = TensorMap::new::<T>(z_at, (z.rows, z.cols, z.stride), BOX_ROWS)?;
@@ -94,14 +99,25 @@ impl Launcher<'_> {
         let scales = down.as_ref().map_or(&no_scales, |down| down.scales);
         let p = down.as_ref().map(|down| down.p.device_ptr(self.stream));
         let p_at = p.as_ref().map_or(0, |(at, _)| *at);
-        let s = down.map(|down| down.s.data.device_ptr_mut(self.stream));
+        let (s, drawn) = match down {
+            Some(Down { s, bits, .. }) => (Some(s), bits),
+            None => (None, None),
+        };
+        let s = s.map(|s| s.data.device_ptr_mut(self.stream));
         let s_at = s.as_ref().map_or(0, |(at, _)| *at);
-        let q_ptr = q.map(|q| q.data.device_ptr(self.stream));
-        let q_at = q_ptr.as_ref().map_or(0, |(at, _)| *at);
+        let bits = match (drawn, masking.bits()) {
+            (Some(bits), _) => {
+                let at = bits.keep_mut().device_ptr_mut(self.stream).0;
+                bits.arg(at)
+            }
+            (None, Some(bits)) => bits.arg(bits.keep().device_ptr(self.stream).0),
+            (None, None) => BitsArg::default(),
+        };
+        let (q_at, _q) = q.data.device_ptr(self.stream);
         let (rows, cols, ldp) = (z.rows as i32, z.cols as i32, padded_width(z.cols) as i32);
-        let ldq = q.map_or(0, |q| q.stride as i32);
+        let ldq = q.stride as i32;
         let (block_rows, group) = (block_rows as i32, group as i32);
-        let mask = mask.unwrap_or_default();
+        let mask = masking.mask().unwrap_or_default();
         let args = [
             arg(&z_map),
             arg(&p_at),
@@ -117,19 +133,19 @@ impl Launcher<'_> {
             arg(&group),
             arg(scales),
             arg(&mask),
+            arg(&bits),
         ];
         // SAFETY: arguments in the order of sweep.cu; `z` passed `Rows::check` and the map clips loads
         // to it, `p` is packed, `q` and `s` have a padded row for every row of `z`, and `part` holds
         // every block of rows.
         unsafe { self.launch("launch of sweep", &function, grid, &args) }?;
         drop(part_guard);
-        let (ranks, cols) = (ranks, z.cols);
-        Ok((splits > 0).then_some(Partial {
+        Ok(Partial {
             part,
-            splits,
+            splits: blocks,
             ranks,
-            cols,
-        }))
+            cols: z.cols,
+        })
     }
 }
 
@@ -148,14 +164,14 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(ranks: usize, down: bool, across: bool) -> Self {
-        let stages = if down && ranks > 16 { 3 } else { 4 };
+    fn new(ranks: usize, down: bool) -> Self {
+        let stages = if down { 3 } else { 4 };
         let buffers = if ranks == 16 { 2 } else { 1 };
         let meet = buffers * WARPS * BOX_ROWS * (ranks + 8) * 4;
         let (s_row, q_row) = (ranks * 4, ranks * 2);
         Self {
             fixed: WARPS * stages * BOX_BYTES + if down { meet } else { 0 },
-            row: if down { s_row } else { 0 } + if across { q_row } else { 0 },
+            row: q_row + if down { s_row } else { 0 },
         }
     }
 
@@ -185,11 +201,8 @@ mod tests {
     #[test]
     fn blocks_of_rows_fit_and_cover() {
         for ranks in [16, 32, 64] {
-            for (down, across) in [(true, false), (false, true), (true, true)] {
-                if ranks == 64 && down && across {
-                    continue;
-                }
-                let shared = Shared::new(ranks, down, across);
+            for down in [false, true] {
+                let shared = Shared::new(ranks, down);
                 for rows in [1, 31, 512, 2048, 8192, 100_000] {
                     let block_rows = shared.block_rows(rows, 16);
                     assert!(block_rows >= BOX_ROWS && block_rows % BOX_ROWS == 0);

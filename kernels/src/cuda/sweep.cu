@@ -1,17 +1,18 @@
 // Hopper: one pass over z [rows, cols] for the products with rank-sized matrices that need all of it.
 //
-// DOWN 1    s[m, j] = scale_j * sum over columns c of D(z)[m, c] * p[j, c]
-// ACROSS 1  part[block][j, c] = sum over the rows m of a block of q[m, j] * D(z)[m, c]
+//           part[block][j, c] = sum over the rows m of a block of q[m, j] * D(z)[m, c]
+// DOWN 1    s[m, j] = scale_j * sum over columns c of D(z)[m, c] * p[j, c] as well
 //
 // A group of blocks takes `block_rows` rows at a time and splits their columns, in chunks of 512. A
-// warp has 64 columns of a chunk, for which it keeps its part of p and the sums of ACROSS in
+// warp has 64 columns of a chunk, for which it keeps its part of p and its partial sums in
 // registers, and a ring of its own of boxes of 32 rows, filled by the copy engine. The sums of DOWN
 // meet in shared memory: eight warps after every box, the blocks of a group at the end; always in
-// the same order. Options: DTYPE 1 or 2, RT ranks (16, 32 or 64; both products: at most 32), DROPOUT.
-constexpr int BOX_ROWS = 32, BOX_COLS = 64, BOX_BYTES = BOX_ROWS * BOX_COLS * 2;
+// the same order. Options: DTYPE 1 or 2, RT ranks (16, 32 or 64; both products: at most 32), DROPOUT 0,
+// 1 = masked by counter, 2 = masked by bits (DOWN 0). BITS 1 = draw those of another matrix on
+// the way, since the arithmetic units have time while memory has none.
 constexpr int WARPS = 8, CHUNK = WARPS * BOX_COLS;
 constexpr int TILES = RT / 16;
-constexpr int STAGES = DOWN && RT > 16 ? 3 : 4;
+constexpr int STAGES = DOWN ? 3 : 4;
 constexpr int BUFFERS = RT == 16 ? 2 : 1;                // of the warps' sums
 constexpr int PITCH = RT + 8;                            // floats of a row there: no bank conflicts
 constexpr int RING_BYTES = WARPS * STAGES * BOX_BYTES;
@@ -19,6 +20,12 @@ constexpr int MEET_BYTES = DOWN ? BUFFERS * WARPS * BOX_ROWS * PITCH * 4 : 0;
 
 struct Scales {
   float of[64];
+};
+// A mask as bits: read by DROPOUT 2, written by BITS.
+struct Bits {
+  u32* keep;
+  int rows, cols;
+  Dropout dropout;
 };
 
 __device__ __forceinline__ Vec load_chunk(u32 box, int row, int chunk) {
@@ -45,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
     const T* __restrict__ q,                  // [rows, ldq]
     T* __restrict__ s,                        // [rows, lds]
     float* __restrict__ part,                 // [blocks, RT, cols]
-    int rows, int cols, int ldp, int ldq, int lds, int block_rows, int group, const __grid_constant__ Scales scales, Dropout dropout) {
+    int rows, int cols, int ldp, int ldq, int lds, int block_rows, int group, const __grid_constant__ Scales scales, Dropout dropout,
+    const __grid_constant__ Bits bits) {
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[WARPS * STAGES];
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -76,11 +84,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
   if (rank < chunks)
     for (int stage = 0; stage < STAGES; ++stage) fetch(stage);
 
+#if BITS
+  int units = (bits.rows + 31) / 32 * ((bits.cols + 127) / 128), warps = gridDim.x * WARPS, unit = blockIdx.x * WARPS + warp;
+  int my_units = (units + warps - 1) / warps, my_boxes = 0;
+  for (int block = blockIdx.x / group; block < blocks; block += groups) my_boxes += strips * ((chunks - rank + group - 1) / group);
+  int debt = 0;
+#endif
   int stage = 0;
   u32 parity = 0;
   for (int block = blockIdx.x / group; block < blocks; block += groups) {
     i64 row0 = (i64)block * block_rows;
-#if ACROSS
     __syncthreads();  // the block before is done with its q
     constexpr int ROW_VECS = RT / 8;
     for (int at = threadIdx.x; at < block_rows * ROW_VECS; at += WARPS * 32) {
@@ -90,55 +103,73 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
       reinterpret_cast<Vec*>(q_rows)[at] = v;
     }
     __syncthreads();
-#endif
     for (int chunk = rank; chunk < chunks; chunk += group) {
       int col0 = chunk * CHUNK + warp * BOX_COLS;
       bool live = col0 < cols;
 #if DOWN
-      // Of the same permuted columns as the fragments of z: thread t has 8t .. 8t + 7 of every 32.
+      // Of the same permuted columns as the fragments of z: thread t has chunks 2t and 2t + 1 of eight.
       Vec p_frag[2][2 * TILES];
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int n = 0; n < 2 * TILES; ++n) {
           p_frag[half][n] = Vec{{0, 0, 0, 0}};
-          if (live) p_frag[half][n] = load_packed(p + (i64)(n * 8 + g) * ldp + col0 + half * 32 + t * 8);
+          if (live) p_frag[half][n] = load_packed(p + (i64)(n * 8 + g) * ldp + col0 + (2 * t + half) * 8);
         }
 #endif
-#if ACROSS
       float acc[TILES][8][4] = {};
+#if DROPOUT == 2
+      BoxBits kept, next;
+      next.load(bits.keep, row0, rows, cols, col0, lane);
 #endif
       for (int strip = 0; strip < strips; ++strip) {
+#if DROPOUT == 2
+        kept = next;
+        if (strip + 1 < strips) next.load(bits.keep, row0 + (strip + 1) * BOX_ROWS, rows, cols, col0, lane);
+#endif
+#if BITS
+        for (debt += my_units; debt > 0; debt -= my_boxes, unit += warps)
+          if (unit < units) store_bits(bits.dropout, bits.keep, unit, bits.rows, bits.cols, lane);
+#endif
         barrier_wait(full + 8 * stage, parity);
         u32 box = ring + stage * BOX_BYTES;
 #if DOWN
         float down[2][2 * TILES][4] = {};
+        Vec v[2][2][2];  // [16 rows][half of the row's chunks][row + 0, row + 8]
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) v[i][half][h] = load_chunk(box, i * 16 + h * 8 + g, 2 * t + half);
+#if DROPOUT == 1
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+              drop(dropout, (u64)(row0 + strip * BOX_ROWS + i * 16 + h * 8 + g) * cols + col0 + (2 * t + half) * 8, v[i][half][h]);
+#endif
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int pair = 0; pair < 4; pair += 2)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+              for (int n = 0; n < 2 * TILES; ++n) {
+                const Vec &lo = v[i][half][0], &hi = v[i][half][1], &b = p_frag[half][n];
+                mma(down[i][n], lo.w[pair], hi.w[pair], lo.w[pair + 1], hi.w[pair + 1], b.w[pair], b.w[pair + 1]);
+              }
 #endif
 #pragma unroll
         for (int i = 0; i < 2; ++i) {  // 16 rows
-#if DOWN
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            Vec lo = load_chunk(box, i * 16 + g, half * 4 + t), hi = load_chunk(box, i * 16 + 8 + g, half * 4 + t);
-#if DROPOUT
-            u64 index = (u64)(row0 + strip * BOX_ROWS + i * 16 + g) * cols + col0 + half * 32 + t * 8;
-            drop(dropout, index, lo);
-            drop(dropout, index + 8 * (u64)cols, hi);
-#endif
-#pragma unroll
-            for (int n = 0; n < 2 * TILES; ++n) {
-              const Vec& b = p_frag[half][n];
-              mma(down[i][n], lo.w[0], hi.w[0], lo.w[1], hi.w[1], b.w[0], b.w[1]);
-              mma(down[i][n], lo.w[2], hi.w[2], lo.w[3], hi.w[3], b.w[2], b.w[3]);
-            }
-          }
-#endif
-#if ACROSS
           u32 a[TILES][4];
-          u32 q_at = shared_address(q_rows) + ((strip * BOX_ROWS + i * 16 + (lane >> 4) * 8 + (lane & 7)) * RT + (lane >> 3 & 1) * 8) * 2;
+          u32 q_at = shared_address(q_rows) + (strip * BOX_ROWS + i * 16) * RT * 2;
 #pragma unroll
-          for (int j = 0; j < TILES; ++j) ldmatrix_transposed(a[j], q_at + j * 32);
-#if DROPOUT
+          for (int j = 0; j < TILES; ++j) load_q(a[j], q_at + j * 32, RT, lane);
+#if DROPOUT == 1
           Vec z[4];  // rows 2t, 2t + 1 and 8 on, 8 columns from 8g on
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
@@ -153,18 +184,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
 #pragma unroll
             for (int j = 0; j < TILES; ++j) mma(acc[j][e], a[j][0], a[j][1], a[j][2], a[j][3], b0, b1);
           }
+#elif DROPOUT == 2
+          add_across<TILES, true>(acc, a, box, i, lane, &kept);
 #else
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair) {  // 16 columns
-            u32 b[4];
-            ldmatrix_transposed(b, swizzled(box, i * 16 + (lane & 15), pair * 2 + (lane >> 4)));
-#pragma unroll
-            for (int j = 0; j < TILES; ++j) {
-              mma(acc[j][2 * pair], a[j][0], a[j][1], a[j][2], a[j][3], b[0], b[1]);
-              mma(acc[j][2 * pair + 1], a[j][0], a[j][1], a[j][2], a[j][3], b[2], b[3]);
-            }
-          }
-#endif
+          add_across(acc, a, box, i, lane);
 #endif
         }
         __syncwarp();
@@ -196,30 +219,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
         }
 #endif
       }
-#if ACROSS
-      // Ranks g and g + 8 of a tile; columns 2t and 2t + 1 of eight, or with dropout of every eighth.
+      float scale = DROPOUT == 2 ? bits.dropout.scale : DROPOUT ? dropout.scale : 1.f;
+#if DROPOUT == 1
+      // As `store_across`, but columns 2t and 2t + 1 of every eighth.
 #pragma unroll
       for (int j = 0; j < TILES; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float* to = part + ((i64)block * RT + j * 16 + h * 8 + g) * cols;
-#if DROPOUT
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             int col = col0 + (2 * t + c) * 8;
 #pragma unroll
             for (int e = 0; e < 8; e += 4)
               if (col < cols)
-                *reinterpret_cast<float4*>(to + col + e) = make_float4(acc[j][e][2 * h + c], acc[j][e + 1][2 * h + c], acc[j][e + 2][2 * h + c], acc[j][e + 3][2 * h + c]);
+                *reinterpret_cast<float4*>(to + col + e) = make_float4(scale * acc[j][e][2 * h + c], scale * acc[j][e + 1][2 * h + c], scale * acc[j][e + 2][2 * h + c], scale * acc[j][e + 3][2 * h + c]);
           }
-#else
-#pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            int col = col0 + e * 8 + 2 * t;
-            if (col < cols) *reinterpret_cast<float2*>(to + col) = make_float2(acc[j][e][2 * h], acc[j][e][2 * h + 1]);
-          }
-#endif
         }
+#else
+      store_across(acc, scale, part + (i64)block * RT * cols, col0, cols, lane);
 #endif
     }
 #if DOWN
@@ -230,21 +248,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
     for (int at = rank * share * (RT / 2) + threadIdx.x; at < end * (RT / 2); at += WARPS * 32) {
       i64 row = row0 + at / (RT / 2);
       int pair = at % (RT / 2);
-      float2 sum = make_float2(0.f, 0.f);
-      for (int other = 0; other < min(group, chunks); ++other) {
-        float2 v;
-        if (group > 1) {
+      float2 sum = make_float2(0.f, 0.f), theirs[8];
+#pragma unroll
+      for (int other = 0; other < 8; ++other) {
+        theirs[other] = make_float2(0.f, 0.f);
+        if (other >= group) continue;
+        if (group > 1)
           asm volatile(
               "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %2, %3;\n"
               "ld.shared::cluster.v2.f32 {%0, %1}, [remote];\n}"
-              : "=f"(v.x), "=f"(v.y)
+              : "=f"(theirs[other].x), "=f"(theirs[other].y)
               : "r"(mine + at * 8), "r"(other)
               : "memory");
-        } else {
-          v = reinterpret_cast<float2*>(s_sums)[at];
-        }
-        sum.x += v.x, sum.y += v.y;
+        else
+          theirs[other] = reinterpret_cast<float2*>(s_sums)[at];
       }
+#pragma unroll
+      for (int other = 0; other < 8; ++other) sum.x += theirs[other].x, sum.y += theirs[other].y;
       float scale = scales.of[pair / 8];
 #if DROPOUT
       scale *= dropout.scale;
