@@ -5,6 +5,7 @@ mod base;
 mod combined;
 mod folders;
 mod plan;
+mod readme;
 mod settings;
 mod several;
 mod support;

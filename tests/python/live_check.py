@@ -192,7 +192,7 @@ def loaded_by_peft(family, folders):
 
 def from_peft(family, fields, out, **options):
     model = trained_by_peft(family, {"default": fields})
-    model.save_pretrained(out, save_embedding_layers=False, **options)
+    model.save_pretrained(out, **{"save_embedding_layers": False} | options)
     return family.compare(family.ours("--adapter", out), family.run(model))
 
 
@@ -240,6 +240,14 @@ def checks(family):
         fields = in_words_of(family.name, fields)
         yield name, lambda out, f=fields: from_peft(family, f, out), lambda out, f=fields: to_peft(family, f, out)
     plain = in_words_of(family.name, PLAIN)
+    if family.task == "CAUSAL_LM":
+        # PEFT's default for a head: its base weight is saved too.
+        head = plain | dict(target_modules=["q_proj", "lm_head"])
+        yield (
+            "the output head",
+            lambda out: from_peft(family, head, out, save_embedding_layers="auto"),
+            lambda out: to_peft(family, head, out),
+        )
     yield "a .bin file", lambda out: from_peft(family, plain, out, safe_serialization=False), None
     # Two classifiers, each trained with an adapter, have no sum.
     adapters = {"default": plain, "second": in_words_of(family.name, SECOND)}
