@@ -46,14 +46,20 @@ pub fn patch_linear_module(path: &str, linear: &mut Linear, config: &AdapterConf
 
 /// The body of [`LoraTargets::apply_lora`].
 pub(crate) fn apply<M: LoraTargets>(model: &mut M, config: &PeftConfig) -> Result<LoraReport> {
+    check_unapplied(model)?;
+    let report = add(model, DEFAULT, config)?;
+    model.set_adapter(DEFAULT)?;
+    Ok(report)
+}
+
+/// Refuses a model that [`apply`] has been to.
+pub(crate) fn check_unapplied<M: LoraTargets>(model: &mut M) -> Result<()> {
     if let Some(switch) = switch_of(model)?
         && let Ok(pick) = switch.read().pick(DEFAULT)
     {
         return Err(already_adapted(&first_site(model, pick.id)?));
     }
-    let report = add(model, DEFAULT, config)?;
-    model.set_adapter(DEFAULT)?;
-    Ok(report)
+    Ok(())
 }
 
 /// The body of [`LoraTargets::add_adapter`].
@@ -190,16 +196,9 @@ pub(crate) fn attach<M: LoraTargets>(
         replaces: trained.keys().cloned().collect(),
         ..Entry::new(name)
     };
-    let state = switch.read();
-    if let (Some(saved), Some(key)) = (&state.saved, parameters.keys().next()) {
-        let reason = format!(
-            "can't train `{key}`, which is no linear layer's: `{}` has such parameters already, \
-             and one adapter of a model can",
-            state.name(saved.owner)
-        );
-        return Err(Error::adapter(name, reason));
+    if let Some(key) = parameters.keys().next() {
+        check_can_save(switch, name, key)?;
     }
-    drop(state);
     let mut attach = Attach {
         switch: switch.clone(),
         loras,
@@ -219,7 +218,21 @@ pub(crate) fn attach<M: LoraTargets>(
     Ok(report)
 }
 
-pub(crate) fn already_adapted(path: &str) -> Error {
+/// Refuses a parameter outside of linear layers if another adapter has such already.
+pub(crate) fn check_can_save(switch: &Switch, name: &str, key: &str) -> Result<()> {
+    let state = switch.read();
+    let Some(saved) = &state.saved else {
+        return Ok(());
+    };
+    let reason = format!(
+        "can't train `{key}`, which is no linear layer's: `{}` has such parameters already, and \
+         one adapter of a model can",
+        state.name(saved.owner)
+    );
+    Err(Error::adapter(name, reason))
+}
+
+fn already_adapted(path: &str) -> Error {
     let reason = "it carries an adapter already; take it off with `remove_adapters` first";
     Error::module(path, reason)
 }

@@ -2,16 +2,17 @@
 
 mod table;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     AdapterConfig, LoraTargets, NotAdapted, PeftConfig, Result,
-    apply::already_adapted,
+    apply::{check_can_save, check_unapplied, switch_for},
     op::compute_dtype,
     select::{SavedFor, choose, select_saved},
     survey::{Parameter, Site, Survey},
+    switch::DEFAULT,
 };
 
 /// What [`apply_lora`](LoraTargets::apply_lora) would do to a model: the layers that get an
@@ -145,21 +146,16 @@ impl LoraPlan {
     }
 }
 
-/// The body of [`LoraTargets::lora_plan`].
+/// The body of [`LoraTargets::lora_plan`]. It checks what [`apply`](crate::apply) does, in its
+/// order.
 pub(crate) fn plan<M: LoraTargets>(model: &mut M, config: &PeftConfig) -> Result<LoraPlan> {
+    check_unapplied(model)?;
     config.validate()?;
     let survey = Survey::of(model)?;
+    let switch = switch_for(model, DEFAULT)?;
     let choices = choose::<M>(config, &survey.sites)?;
     let chosen: Vec<_> = choices.iter().map(|choice| choice.clone().ok()).collect();
-    let linear: HashSet<&str> = survey.sites.iter().map(|site| site.path.as_str()).collect();
-    let trained = select_saved::<M>(config, &chosen, &survey)?
-        .into_iter()
-        .map(|saved| {
-            let parameter = &survey.tensors[saved.index];
-            let is_linear = linear.contains(parameter.path.as_str());
-            PlannedTensor::of(parameter, is_linear, saved.reason)
-        })
-        .collect();
+    let saved = select_saved::<M>(config, &chosen, &survey)?;
     let (mut adapted, mut not_adapted) = (Vec::new(), Vec::new());
     for (site, choice) in survey.sites.iter().zip(choices) {
         match choice {
@@ -170,8 +166,18 @@ pub(crate) fn plan<M: LoraTargets>(model: &mut M, config: &PeftConfig) -> Result
             }),
         }
     }
-    if let Some(site) = survey.sites.iter().find(|site| site.adapted) {
-        return Err(already_adapted(&site.path));
+    let linear: HashSet<&str> = survey.sites.iter().map(|site| site.path.as_str()).collect();
+    let (mut trained, mut others) = (Vec::new(), BTreeSet::new());
+    for saved in saved {
+        let parameter = &survey.tensors[saved.index];
+        let is_linear = linear.contains(parameter.path.as_str());
+        if !is_linear {
+            others.insert(format!("{}.{}", parameter.path, parameter.name));
+        }
+        trained.push(PlannedTensor::of(parameter, is_linear, saved.reason));
+    }
+    if let Some(key) = others.first() {
+        check_can_save(&switch, DEFAULT, key)?;
     }
     Ok(LoraPlan {
         adapted,

@@ -12,7 +12,6 @@ pub(crate) struct Site {
     pub head: bool,
     pub weight: Tensor,
     pub bias: Option<Tensor>,
-    pub adapted: bool,
 }
 
 /// A parameter of a model, be it of a linear layer or of another.
@@ -86,7 +85,6 @@ impl Visitor for Survey {
             head: path.is_head(),
             weight: weight.clone(),
             bias: bias.cloned(),
-            adapted: linear.adapted().is_some(),
         });
         Ok(())
     }

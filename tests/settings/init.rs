@@ -3,9 +3,11 @@
 use std::fs;
 
 use candle_core::{DType, Module, Tensor};
-use lora_core::{LinearLoRA, LoraInit, PeftConfig};
+use lora_core::{LinearLoRA, LoraInit, LoraTargets, PeftConfig};
 use lora_tests::{randn, relative_error, to_vec};
 use serde_json::Value;
+
+use crate::model::{Paths, linear};
 
 const INITS: [LoraInit; 5] = [
     LoraInit::Xavier,
@@ -78,6 +80,31 @@ fn false_draws_b_as_well_and_changes_the_output() {
     // A is drawn as by true.
     let like = self::layer(&config(LoraInit::Kaiming, 16), 300, 200);
     assert_eq!(to_vec(layer.lora_a()), to_vec(like.lora_a()));
+}
+
+#[test]
+fn the_bias_of_an_adapter_begins_as_b_does() {
+    for init in [LoraInit::Xavier, LoraInit::Kaiming, LoraInit::RandomB] {
+        let mut model = Paths::one("q", linear(1, 300, 200));
+        model.apply_lora(&config(init, 16).lora_bias(true)).unwrap();
+        let vars = model.named_lora_vars().unwrap();
+        let (_, bias) = vars
+            .iter()
+            .find(|(name, _)| name == "q.lora_B.bias")
+            .unwrap();
+        assert_eq!(bias.dims(), [300]);
+        let (_, deviation, greatest) = moments(bias);
+        if init == LoraInit::RandomB {
+            let bound = 0.25; // 1 / √16
+            assert!(greatest <= bound && greatest > 0.95 * bound, "{greatest}");
+            assert!(
+                (deviation / (bound / 3f64.sqrt()) - 1.0).abs() < 0.1,
+                "{deviation}"
+            );
+        } else {
+            assert_eq!(greatest, 0.0, "{init}");
+        }
+    }
 }
 
 #[test]

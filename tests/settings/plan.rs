@@ -237,19 +237,59 @@ fn it_fails_where_applying_fails() {
         let error = refusal(Paths::one("q", Linear::new(weight, None)), &config);
         assert!(error.starts_with(message), "{error}\nlacks\n{message}");
     }
-    let mut model = Paths::new(["q"]);
-    model.apply_lora(&PeftConfig::new(["q"])).unwrap();
-    let planned = model.lora_plan(&PeftConfig::new(["q"])).unwrap_err();
-    let applied = model.apply_lora(&PeftConfig::new(["q"])).unwrap_err();
-    assert_eq!(planned.to_string(), applied.to_string());
+}
+
+#[test]
+fn it_fails_on_a_model_that_has_been_applied_to_or_is_merged() {
+    let config = PeftConfig::new(["q_proj"]).modules_to_save(["embed"]);
+    let disagree = |model: &mut Transformer| {
+        let planned = model.lora_plan(&config).unwrap_err().to_string();
+        assert_eq!(model.apply_lora(&config).unwrap_err().to_string(), planned);
+        planned
+    };
+    let mut model = Transformer::new();
+    model.apply_lora(&config).unwrap();
+    let error = disagree(&mut model);
+    assert!(error.contains("carries an adapter already"), "{error}");
+
+    // Adapters of other names are in nobody's way, but for what only one of them can train.
+    let mut model = Transformer::new();
+    model
+        .add_adapter("other", &PeftConfig::new(["v_proj"]))
+        .unwrap();
+    assert_eq!(model.lora_plan(&config).unwrap().adapted.len(), 3);
+    model
+        .add_adapter(
+            "saving",
+            &PeftConfig::new(["v_proj"]).modules_to_save(["norm"]),
+        )
+        .unwrap();
+    let error = disagree(&mut model);
+    assert!(
+        error.contains("`embed.weight`") && error.contains("`saving`"),
+        "{error}"
+    );
+
+    let mut model = Transformer::new();
+    model
+        .add_adapter("other", &PeftConfig::new(["v_proj"]))
+        .unwrap();
+    model.set_adapter("other").unwrap();
+    model.merge().unwrap();
+    disagree(&mut model);
+}
+
+/// None or one of these, the former three times out of four.
+fn perhaps<T: Clone + std::fmt::Debug + 'static>(
+    of: &'static [T],
+) -> impl Strategy<Value = Vec<T>> {
+    let one = prop::sample::select(of);
+    prop::option::weighted(0.25, one).prop_map(|one| one.into_iter().collect())
 }
 
 /// Configurations of names that are there, and a few that are not.
 fn configs() -> impl Strategy<Value = PeftConfig> {
-    let names = |names: &'static [&'static str], most: usize| {
-        prop::collection::vec(prop::sample::select(names), 0..=most)
-    };
-    let target = [
+    let targets = [
         "q_proj",
         "*proj",
         "*.experts.0.*",
@@ -258,8 +298,10 @@ fn configs() -> impl Strategy<Value = PeftConfig> {
         "k_proj",
         "re:.*v.*",
     ];
-    let exclude = ["v_proj", "layers.1.*", "lm_head", "nothing", "*"];
-    let key = [
+    let targets = prop::collection::vec(prop::sample::select(targets.to_vec()), 0..3);
+    let targets = prop::option::weighted(0.7, targets);
+    let excluded = perhaps(&["v_proj", "layers.1.*", "lm_head", "nothing", "*"]);
+    let keys = [
         "q_proj",
         "layers.0.*",
         ".*proj",
@@ -268,30 +310,42 @@ fn configs() -> impl Strategy<Value = PeftConfig> {
         "nothing",
         "(",
     ];
+    let ranks = prop::collection::btree_map(prop::sample::select(keys.to_vec()), 0usize..6, 0..2);
+    let alphas = perhaps(&[("q_proj", 0.0), ("q_proj", 1.5), (".*proj", 2.0)]);
+    let layers = perhaps(&[0, 1, 2, 3]);
+    let lists = perhaps(&["layers", "experts", "h"]);
+    let saved = perhaps(&["norm", "pooler", "lm_head", "embed", "layers", "head"]);
+    let biases = perhaps(&[BiasMode::All, BiasMode::LoraOnly]);
+    let init = prop::sample::select(vec![
+        LoraInit::Kaiming,
+        LoraInit::Orthogonal,
+        LoraInit::RandomB,
+    ]);
+    let adapter = (init, 0usize..5, any::<bool>(), any::<bool>());
     (
-        names(Vec::leak(target.to_vec()), 2),
-        names(Vec::leak(exclude.to_vec()), 1),
-        any::<bool>(),
-        prop::collection::btree_map(prop::sample::select(key.to_vec()), 0usize..6, 0..2),
-        prop::collection::vec(0usize..4, 0..2),
-        names(&["layers", "experts", "h"], 1),
-        prop::sample::select(vec![LoraInit::Kaiming, LoraInit::Orthogonal]),
-        0usize..5,
+        targets,
+        excluded,
+        (ranks, alphas),
+        (layers, lists),
+        (saved, biases),
+        adapter,
     )
         .prop_map(
-            |(targets, excluded, all, ranks, layers, lists, init, dim)| {
-                let config = if all {
-                    PeftConfig::all_linear()
-                } else {
-                    PeftConfig::new(targets)
-                };
-                config
+            |(targets, excluded, (ranks, alphas), (layers, lists), (saved, biases), adapter)| {
+                let (init, dim, lora_bias, rslora) = adapter;
+                targets
+                    .map_or_else(PeftConfig::all_linear, PeftConfig::new)
                     .exclude(excluded)
                     .rank_pattern(ranks)
+                    .alpha_pattern(alphas)
                     .layers_to_transform(layers)
                     .layers_pattern(lists)
+                    .modules_to_save(saved)
+                    .bias(biases.first().copied().unwrap_or_default())
                     .lora_a_init(init)
                     .dim(dim)
+                    .lora_bias(lora_bias)
+                    .use_rslora(rslora)
             },
         )
 }
@@ -311,6 +365,12 @@ proptest! {
                 prop_assert_eq!(plan.adapted.len() + plan.not_adapted.len(), 23);
                 for (planned, site) in plan.adapted.iter().zip(&report.sites) {
                     prop_assert_eq!((planned.rank, planned.alpha), (site.rank, site.alpha));
+                    let vars = model.named_lora_vars().unwrap().into_iter();
+                    let own = vars.filter(|(name, _)| name.starts_with(&format!("{}.", site.path)));
+                    let bytes = own.map(|(_, var)| var.elem_count() * 4);
+                    let whole = plan.trained.iter().filter(|it| it.path == site.path);
+                    let whole: usize = whole.map(|it| it.bytes).sum();
+                    prop_assert_eq!(bytes.sum::<usize>(), planned.bytes + whole);
                 }
             }
             (Err(planned), Err(applied)) => {
