@@ -108,8 +108,8 @@ fn run(args: Args) -> Result<ExitCode> {
                 .try_for_each(|name| model.save_adapter_as(name, dir.join(name)))?,
         }
     }
-    candle_core::safetensors::save(&HashMap::from([("output", &output)]), &args.out)?;
     println!("{:?}: {}", output.dims(), args.out.display());
+    candle_core::safetensors::save(&HashMap::from([("output", output)]), &args.out)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -66,6 +66,7 @@
 //! - [`targets!`]: target names checked by the compiler; [`Glob`] is their rule.
 //! - [`PeftConfig`]: what to adapt, and how; [`LoraPlan`]: what will come of it.
 //! - [`LinearLoRA`]: the adapted layer, and its formula.
+//! - [`adapter`]: adapters apart from a model: their files, and arithmetic.
 //! - [`nn`]: layers and functions of candle_nn's names that have a backward pass.
 //! - [`registry`]: the adaptable models linked into a program.
 #![forbid(unsafe_code)]

@@ -252,14 +252,12 @@ impl Shared {
         {
             "the layer has no bias in this model that could take it".to_string()
         } else if let Some(prefix) = asked.keys().find_map(|asked| below(asked, name)) {
-            format!(
-                "the model calls it `{prefix}.{name}`; see `replace_prefix(\"\", \"{prefix}\")`"
-            )
+            format!("the model calls it `{prefix}.{name}`; replace the prefix \"\" by \"{prefix}\"")
         } else if let Some((prefix, asked)) = asked
             .keys()
             .find_map(|asked| Some((below(name, asked)?, asked)))
         {
-            format!("the model calls it `{asked}`; see `replace_prefix(\"{prefix}\", \"\")`")
+            format!("the model calls it `{asked}`; replace the prefix \"{prefix}\" by \"\"")
         } else {
             "the model has no such tensor".to_string()
         };

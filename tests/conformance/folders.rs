@@ -64,7 +64,9 @@ fn the_least_configuration_takes_pefts_defaults() {
 #[test]
 fn a_saved_base_weight_of_an_adapted_head_is_no_adapter() {
     let mut model = open("untied");
-    let report = model.load_adapter(golden("folders/read/head_base_saved")).unwrap();
+    let report = model
+        .load_adapter(golden("folders/read/head_base_saved"))
+        .unwrap();
     let sites: Vec<_> = report.sites.iter().map(|site| &site.path[..]).collect();
     assert_eq!(sites, ["lm_head"]);
 }
@@ -80,7 +82,10 @@ fn a_nemo_folder_keeps_its_dropout_behind_the_adapter() {
 fn what_is_no_lora_of_linear_layers_is_refused_by_name() {
     let refused = json("folders/kinds.json")["refused"].clone();
     let refused = refused.as_object().unwrap();
-    assert_eq!(refused.keys().cloned().collect::<Vec<_>>(), folders("folders/refused"));
+    assert_eq!(
+        refused.keys().cloned().collect::<Vec<_>>(),
+        folders("folders/refused")
+    );
     for (kind, word) in refused {
         let folder = golden("folders/refused").join(kind);
         let mut model = open("untied");
@@ -88,6 +93,10 @@ fn what_is_no_lora_of_linear_layers_is_refused_by_name() {
         let before = to_vec(&model.forward(&ids, None).unwrap());
         let error = model.load_adapter(&folder).expect_err(kind).to_string();
         assert!(error.contains(word.as_str().unwrap()), "{kind}: {error}");
-        assert_eq!(to_vec(&model.forward(&ids, None).unwrap()), before, "{kind}");
+        assert_eq!(
+            to_vec(&model.forward(&ids, None).unwrap()),
+            before,
+            "{kind}"
+        );
     }
 }

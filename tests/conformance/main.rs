@@ -2,6 +2,9 @@
 //! `tests/golden/README.md`. The table in `tests/README.md` says which behaviour is tested where.
 
 mod base;
+mod combined;
+mod folders;
 mod plan;
 mod settings;
+mod several;
 mod support;

@@ -5,9 +5,9 @@ use std::{collections::HashMap, path::PathBuf};
 use candle_core::Tensor;
 use lora_core::LoraTargets;
 use lora_examples::any_model::AnyModel;
-use lora_tests::{relative_error, to_vec};
+use lora_tests::to_vec;
 
-use crate::support::{golden, open, tensors};
+use crate::support::{assert_close, golden, open, tensors};
 
 const NAMES: [&str; 3] = ["default", "wide", "late"];
 
@@ -27,15 +27,16 @@ fn load() -> (AnyModel, HashMap<String, Tensor>) {
     (model, tensors("several/expected.safetensors"))
 }
 
-fn assert_close(name: &str, got: &Tensor, want: &Tensor, bound: f64) {
-    let error = relative_error(got, want);
-    assert!(error < bound, "{name}: {error}");
-}
-
 #[test]
 fn any_set_of_active_adapters_adds_up_as_in_peft() {
     let (mut model, expected) = load();
-    for set in ["default", "wide", "late", "default+wide", "late+wide+default"] {
+    for set in [
+        "default",
+        "wide",
+        "late",
+        "default+wide",
+        "late+wide+default",
+    ] {
         let names: Vec<_> = set.split('+').collect();
         let want = &expected[&format!("logits.{set}")];
         model.set_adapters(&names).unwrap();
@@ -47,7 +48,7 @@ fn any_set_of_active_adapters_adds_up_as_in_peft() {
         let got = model.forward(&expected["input_ids"], None).unwrap();
         assert_close(set, &got, &expected["logits"], 1e-5);
         model.enable_adapters().unwrap();
-        model.set_adapters::<&str>(&[]).unwrap();
+        model.set_adapters(&[""; 0]).unwrap();
         let got = selection.scope(|| model.forward(&expected["input_ids"], None));
         assert_close(set, &got.unwrap(), want, 1e-5);
     }
@@ -55,9 +56,15 @@ fn any_set_of_active_adapters_adds_up_as_in_peft() {
 
 #[test]
 fn rows_with_adapters_of_their_own_are_pefts_and_base_rows_are_untouched() {
-    let (model, expected) = load();
+    let (mut model, expected) = load();
     let ids = &expected["input_ids"];
-    let rows = [Some("late"), Some("default"), None, Some("wide"), Some("default")];
+    let rows = [
+        Some("late"),
+        Some("default"),
+        None,
+        Some("wide"),
+        Some("default"),
+    ];
     let selection = model.adapters().unwrap().rows(&rows).unwrap();
     let got = selection.scope(|| model.forward(ids, None)).unwrap();
     assert_close("rows", &got, &expected["logits.rows"], 1e-5);
@@ -71,7 +78,11 @@ fn gradients_of_a_sum_reach_each_adapter_as_in_peft() {
     let active = ["default", "wide"];
     model.set_adapters(&active).unwrap();
     let logits = model.forward(&expected["input_ids"], None).unwrap();
-    let loss = logits.mul(&expected["cotangent"]).unwrap().sum_all().unwrap();
+    let loss = logits
+        .mul(&expected["cotangent"])
+        .unwrap()
+        .sum_all()
+        .unwrap();
     let grads = loss.backward().unwrap();
     let mut checked = 0;
     for name in active {

@@ -311,13 +311,7 @@ fn what_cant_be_written_is_named_and_leaves_the_old_files() {
         },
         &["lm_head.weight", "modules_to_save"],
     );
-    for path in [
-        "a..b",
-        "a.lora_B.weight.x",
-        "a/b",
-        "",
-        "x.original_module.y",
-    ] {
+    for path in ["a..b", "a/b", "", "x.original_module.y"] {
         refused(
             &|adapter| {
                 adapter.layers.insert(path.into(), layer(2, 1.0, 1));

@@ -1,5 +1,6 @@
 //! Adapters apart from any model: their files, hostile ones too, and their arithmetic.
 
+mod archive;
 mod combine;
 mod consumers;
 mod difference;

@@ -30,7 +30,10 @@ fn prefixes_wrappers_and_adapter_names_are_understood() {
             "base_model.model._orig_mod.x.q_proj.lora_?.weight",
             "x.q_proj",
         ),
-        ("_orig_mod.base_model.model.x.q_proj.lora_?.weight", "_orig"),
+        (
+            "_orig_mod.base_model.model.x.q_proj.lora_?.weight",
+            "x.q_proj",
+        ),
         (
             "base_model.model.x._checkpoint_wrapped_module.q_proj.lora_?.weight",
             "x.q_proj",

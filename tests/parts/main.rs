@@ -3,6 +3,7 @@
 mod command_line;
 mod merge_folder;
 mod merged;
+mod settings;
 mod transformers;
 
 use std::path::PathBuf;

@@ -160,7 +160,7 @@ fn what_nobody_asked_for_is_named_with_the_way_out() -> anyhow::Result<()> {
         merged.finish().unwrap_err().to_string(),
         "not merged: `j.weight`: the model has no such tensor; \
          `model.proj.weight`: the model calls it `proj.weight`; \
-         see `replace_prefix(\"model\", \"\")`; \
+         replace the prefix \"model\" by \"\"; \
          `up.bias`: the layer has no bias in this model that could take it"
     );
     Ok(())

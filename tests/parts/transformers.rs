@@ -239,7 +239,7 @@ fn bert_has_the_adapter_in_it_under_either_prefix() -> anyhow::Result<()> {
     bert_states(unmerged.var_builder(vb(&bare)))?;
     let error = unmerged.finish().unwrap_err().to_string();
     assert!(
-        error.contains("see `replace_prefix(\"bert\", \"\")`"),
+        error.contains("replace the prefix \"bert\" by \"\""),
         "{error}"
     );
     let merged = unmerged.replace_prefix("bert", "")?;

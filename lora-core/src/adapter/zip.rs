@@ -97,7 +97,6 @@ fn directory(from: &mut (impl Read + Seek + ?Sized), len: u64) -> Result<(u64, u
 }
 
 /// The next entry of the directory: its name, and where its local header begins.
-#[allow(clippy::type_complexity)]
 fn member(rest: &mut Bytes) -> Option<Result<(String, Member), String>> {
     if rest.take(4)? != CENTRAL {
         return None;

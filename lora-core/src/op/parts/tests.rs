@@ -6,14 +6,24 @@
 use candle_core::{DType, Device, Result, Tensor, Var, backend::BackendStorage};
 
 use super::*;
-use crate::{LoraInit, op::LoraLinear};
+use crate::{
+    op::LoraLinear,
+    philox::{halves, path_hash, philox},
+};
 
 const DEV: Device = Device::Cpu;
 const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
 
-/// Numbers around zero that depend on `name` alone.
+/// Numbers in ±1/√columns that depend on `name` alone.
 fn draw(name: &str, shape: (usize, usize), dtype: DType) -> Result<Tensor> {
-    LoraInit::Kaiming.draw(shape, 7, name, dtype, &DEV)
+    let [low, high] = halves(path_hash(name));
+    let bound = 1.0 / (shape.1 as f64).sqrt();
+    let number = |i| {
+        let [word, ..] = philox::<10>([i, 0, 0, 0], [low, high]);
+        bound * (f64::from(word) / f64::from(u32::MAX / 2) - 1.0)
+    };
+    let numbers = (0..(shape.0 * shape.1) as u32).map(number);
+    Tensor::from_vec(numbers.collect::<Vec<_>>(), shape, &DEV)?.to_dtype(dtype)
 }
 
 /// An adapter that owns its tensors.
