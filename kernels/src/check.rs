@@ -6,6 +6,7 @@ use std::thread;
 use crate::cubin::{Compiler, Request};
 use crate::error::{Error, Result};
 use crate::kernels::{Kernel, lock};
+use crate::sweep;
 
 /// Compiles the kernels that can run on `arch` (for example `sm_90a`) with NVRTC and returns how many.
 ///
@@ -133,7 +134,25 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
         [&f16[..], &[("RT", 16), ("MT", 2), ("WARPS", 8)]].concat(),
     ));
     if arch == "sm_90a" {
-        for (backward, dropout) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let base = [("DTYPE", 1), ("ALIGNED", 1)];
+        all.push((Kernel::Bits, base.to_vec()));
+        for ranks in [16, 32, 64] {
+            for (down, dropout, bits) in [
+                (0, 0, 0),
+                (0, 1, 0),
+                (0, 2, 0),
+                (1, 0, 0),
+                (1, 0, 1),
+                (1, 1, 0),
+            ] {
+                if down == 0 || ranks as usize <= sweep::both(dropout == 1) {
+                    let options = [("DROPOUT", dropout), ("RT", ranks)];
+                    let products = [("DOWN", down), ("BITS", bits)];
+                    all.push((Kernel::Sweep, [base, options, products].concat()));
+                }
+            }
+        }
+        for (backward, dropout) in [(0, 0), (0, 1), (1, 0), (1, 2)] {
             for steps in 1..=4 {
                 for side in 0..=u32::from(backward == 1 && steps <= 2) {
                     let options = [

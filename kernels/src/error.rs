@@ -109,6 +109,12 @@ pub enum Error {
         base: DType,
     },
 
+    /// A member of a group has dropout on its input.
+    #[error(
+        "dropout on the input differs by member of a group: run such layers one by one, or drop their outputs instead"
+    )]
+    GroupedDropout,
+
     /// A dropout probability outside [0, 1).
     #[error("dropout probability {0}: must be at least 0 and less than 1")]
     Probability(f64),

@@ -1,29 +1,28 @@
 //! Launcher of the Hopper kernel: base product, bias and adapter in one pass over the output.
 
-use std::ptr;
-
-use cudarc::driver::sys::{
-    CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion,
-    CUtensorMapSwizzle, cuTensorMapEncodeTiled,
-};
-use cudarc::driver::{
-    CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
-};
+use cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use crate::dropout::Mask;
 use crate::element::{DType, Element};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gemm::Product;
 use crate::kernels::{Instance, Kernel};
+use crate::launch::{Grid, Launcher, arg};
+use crate::masking::Masking;
 use crate::path::{Path, Preference, Reason};
-use crate::skinny::{Launcher, Partial, Rows, padded_rank, padded_width};
+use crate::rows::{Rows, padded_width};
+use crate::skinny::Partial;
+use crate::tensor_map::TensorMap;
 
 // As in gemm.cu.
 const CLUSTER: usize = 2;
 const TILE: usize = 256;
 const DEPTH: usize = 64;
 const STAGES: usize = 4;
-const SHARED_BYTES: usize = STAGES * (128 + 256) * DEPTH * 2 + 8 * 16 * 66 * 4;
+const STORE_BYTES: usize = 2 * 2 * 64 * 64 * 2;
+const SHARED_BYTES: usize = STAGES * (128 + 256) * DEPTH * 2 + STORE_BYTES;
+const SIDE_BOX_ROWS: usize = 32;
+const SIDE_RING_BYTES: usize = 8 * 4 * SIDE_BOX_ROWS * 64 * 2;
 
 /// Multiplications of the tensor cores of the whole card while one block of side work reads a byte:
 /// about 770 TFLOP/s against 48 GB/s, measured beside full tiles on an H200.
@@ -39,11 +38,10 @@ pub(crate) struct Fused<'a, T> {
     pub w_cols: usize,
     pub bias: Option<&'a CudaView<'a, T>>,
     /// `[rows, padded_rank]`
-    pub q: &'a CudaSlice<T>,
+    pub q: &'a Rows<'a, T>,
     /// B as `[w_rows, rank]` forward, A as `[rank, w_cols]` backward; both padded.
-    pub p: &'a CudaSlice<T>,
-    pub rank: usize,
-    pub mask: Option<Mask>,
+    pub p: &'a CudaView<'a, T>,
+    pub masking: Masking<'a>,
     /// Backward: partial sums to make beside the product.
     pub side: Option<SideWork<'a, T>>,
 }
@@ -51,16 +49,16 @@ pub(crate) struct Fused<'a, T> {
 /// Partial sums of the adapter's gradients, for the blocks that the tiles leave over.
 pub(crate) struct SideWork<'a, T> {
     /// `S` of the forward `[rows, padded_rank]`, for the gradient of B.
-    pub s: &'a CudaSlice<T>,
-    /// The input of the layer and `dS`, for the gradient of A; none if it has to be masked.
-    pub a: Option<(&'a Rows<'a, T>, &'a CudaSlice<T>)>,
+    pub b: Option<&'a Rows<'a, T>>,
+    /// The input of the layer and `dS`, for the gradient of A; masked like the output.
+    pub a: Option<(&'a Rows<'a, T>, &'a Rows<'a, T>)>,
     /// How many blocks.
     pub blocks: usize,
 }
 
-/// What [`Launcher::fused`] returns.
-pub(crate) struct FusedOutput<T> {
-    pub out: CudaSlice<T>,
+/// Partial sums of the adapter's gradients that were made beside a product.
+#[derive(Default)]
+pub(crate) struct Parts {
     pub a: Option<Partial>,
     pub b: Option<Partial>,
 }
@@ -112,30 +110,37 @@ impl Launcher<'_> {
         4 * useful >= 3 * clusters * tiles.div_ceil(clusters) * TILE * TILE
     }
 
-    /// What the blocks that the tiles of the gradient of the input leave over can make in the same
-    /// time: both gradients of the adapter, the one of B, or nothing.
+    /// Which of the gradients of the adapter the blocks that the tiles of `dx [rows, w_cols]` leave
+    /// over can make in the same time: those of B, given `S`, and of A, given the input and `dS`.
     pub fn side_work<'a, T: Element>(
         &self,
-        (w_rows, w_cols): (usize, usize),
-        rank: usize,
-        s: &'a CudaSlice<T>,
-        (xs, ds): (&'a Rows<T>, &'a CudaSlice<T>),
-        masked: bool,
+        dys: &Rows<T>,
+        w_cols: usize,
+        b: Option<&'a Rows<'a, T>>,
+        a: Option<(&'a Rows<'a, T>, &'a Rows<'a, T>)>,
     ) -> Option<SideWork<'a, T>> {
-        let tiles = xs.rows.div_ceil(TILE) * w_cols.div_ceil(TILE);
+        let w_rows = dys.cols;
+        let tiles = dys.rows.div_ceil(TILE) * w_cols.div_ceil(TILE);
         let clusters = self.kernels.multiprocessors() / CLUSTER;
-        if tiles < clusters || padded_rank(rank) > 32 {
+        let ranks = b.or(a.map(|(_, ds)| ds)).map_or(usize::MAX, |q| q.cols);
+        if tiles < clusters || ranks > 32 {
             return None;
         }
         let busy = tiles.div_ceil(tiles.div_ceil(clusters));
         let blocks = CLUSTER * (clusters - busy);
-        let in_time = |width: usize| width * FLOPS_PER_SIDE_BYTE <= blocks * w_rows * w_cols;
-        let a = (!masked && self.aligned(xs) && in_time(w_rows + w_cols)).then_some((xs, ds));
-        (a.is_some() || in_time(w_rows)).then_some(SideWork { s, a, blocks })
+        let mut time = blocks * w_rows * w_cols / FLOPS_PER_SIDE_BYTE;
+        let mut take = |width: usize| {
+            let fits = width <= time;
+            time -= if fits { width } else { 0 };
+            fits
+        };
+        let b = b.filter(|_| take(w_rows));
+        let a = a.filter(|(xs, _)| self.aligned(xs) && take(w_cols));
+        (a.is_some() || b.is_some()).then_some(SideWork { b, a, blocks })
     }
 
     /// One pass over the output. [`Self::path`] must have chosen [`Path::Hopper`].
-    pub fn fused<T: Element>(&self, call: Fused<T>) -> Result<FusedOutput<T>> {
+    pub fn fused<T: Element>(&self, call: Fused<T>, out: &mut CudaSlice<T>) -> Result<Parts> {
         let Fused {
             product,
             input,
@@ -145,8 +150,7 @@ impl Launcher<'_> {
             bias,
             q,
             p,
-            rank,
-            mask,
+            masking,
             side,
         } = call;
         let forward = product == Product::Forward;
@@ -155,15 +159,10 @@ impl Launcher<'_> {
         } else {
             (w_rows, w_cols)
         };
-        let rank = padded_rank(rank);
+        let rank = q.cols;
         let rows = input.rows;
-        let mut out = self.alloc("the output", rows * cols)?;
         if rows == 0 {
-            return Ok(FusedOutput {
-                out,
-                a: None,
-                b: None,
-            });
+            return Ok(Parts::default());
         }
         let side_blocks = side.as_ref().map_or(0, |side| side.blocks);
         let instance = Instance {
@@ -172,7 +171,7 @@ impl Launcher<'_> {
                 ("DTYPE", T::DTYPE.define()),
                 ("ALIGNED", 1),
                 ("BACKWARD", u32::from(!forward)),
-                ("DROPOUT", u32::from(mask.is_some())),
+                ("DROPOUT", masking.define()),
                 ("RANK_STEPS", ((rank - 1) % DEPTH / 16 + 1) as u32),
                 ("SIDE", u32::from(side_blocks > 0)),
             ],
@@ -181,7 +180,7 @@ impl Launcher<'_> {
 
         let (input_at, _input) = input.data.device_ptr(self.stream);
         let (weight_at, _weight) = weight.device_ptr(self.stream);
-        let (q_at, _q) = q.device_ptr(self.stream);
+        let (q_at, _q) = q.data.device_ptr(self.stream);
         let (p_at, _p) = p.device_ptr(self.stream);
         let box_rows = if forward { 128 } else { DEPTH };
         let map = |at, rows, cols, stride, box_rows| {
@@ -189,7 +188,7 @@ impl Launcher<'_> {
         };
         let input_map = map(input_at, rows, depth, input.stride, 128)?;
         let weight_map = map(weight_at, w_rows, w_cols, w_cols, box_rows)?;
-        let q_map = map(q_at, rows, rank, rank, 128)?;
+        let q_map = map(q_at, rows, rank, q.stride, 128)?;
         let p_map = if forward {
             map(p_at, cols, rank, rank, 128)?
         } else {
@@ -203,20 +202,35 @@ impl Launcher<'_> {
             CLUSTER * tiles.min((self.kernels.multiprocessors() - side_blocks) / CLUSTER);
         let blocks = tile_blocks + side_blocks;
         let side_a = side.as_ref().and_then(|side| side.a);
+        let side_b = side.as_ref().and_then(|side| side.b);
         let (b_cols, a_cols) = (
-            if side.is_some() { depth } else { 0 },
+            side_b.map_or(0, |_| depth),
             side_a.map_or(0, |(xs, _)| xs.cols),
         );
-        let mut b_part = self.alloc::<f32>("partial gradients", rank * b_cols)?;
-        let mut a_part = self.alloc::<f32>("partial gradients", rank * a_cols)?;
+        // Segments of rows whose q fits, as many for each block.
+        let most = (SHARED_BYTES - SIDE_RING_BYTES) / (2 * rank) / SIDE_BOX_ROWS * SIDE_BOX_ROWS;
+        let shares = side_blocks.max(1);
+        let segment_rows = rows
+            .div_ceil(shares * rows.div_ceil(shares * most))
+            .next_multiple_of(SIDE_BOX_ROWS);
+        let segments = rows.div_ceil(segment_rows);
+        let mut b_part = self.alloc::<f32>("partial gradients", segments * rank * b_cols)?;
+        let mut a_part = self.alloc::<f32>("partial gradients", segments * rank * a_cols)?;
         let (b_at, b_guard) = b_part.device_ptr_mut(self.stream);
         let (a_at, a_guard) = a_part.device_ptr_mut(self.stream);
-        let s_ptr = side.as_ref().map(|side| side.s.device_ptr(self.stream));
-        let ds_ptr =
-            side_a.map(|(xs, ds)| (xs.data.device_ptr(self.stream), ds.device_ptr(self.stream)));
-        let side_map = match (side_a, &ds_ptr) {
-            (Some((xs, _)), Some(((at, _), _))) => map(*at, rows, xs.cols, xs.stride, 128)?,
-            _ => input_map,
+        let s_ptr = side_b.map(|s| s.data.device_ptr(self.stream));
+        let ds_ptr = side_a.map(|(xs, ds)| {
+            (
+                xs.data.device_ptr(self.stream),
+                ds.data.device_ptr(self.stream),
+            )
+        });
+        let side0_map = map(input_at, rows, depth, input.stride, SIDE_BOX_ROWS)?;
+        let side1_map = match (side_a, &ds_ptr) {
+            (Some((xs, _)), Some(((at, _), _))) => {
+                map(*at, rows, xs.cols, xs.stride, SIDE_BOX_ROWS)?
+            }
+            _ => side0_map,
         };
         let side_job = Side {
             q: [
@@ -224,42 +238,53 @@ impl Launcher<'_> {
                 ds_ptr.as_ref().map_or(0, |(_, p)| p.0),
             ],
             part: [b_at, a_at],
+            strides: [
+                side_b.map_or(0, |s| s.stride as i32),
+                side_a.map_or(0, |(_, ds)| ds.stride as i32),
+            ],
             cols: [b_cols as i32, a_cols as i32],
-            blocks: side_blocks as i64,
+            segment_rows: segment_rows as i32,
+            blocks: side_blocks as i32,
         };
         let (rows, cols, depth, rank) = (rows as i32, cols as i32, depth as i32, rank as i32);
-        let (mask, null) = (mask.unwrap_or_default(), 0_u64);
-        let mut launch = self.stream.launch_builder(&function);
-        launch
-            .arg(&input_map)
-            .arg(&weight_map)
-            .arg(&q_map)
-            .arg(&p_map)
-            .arg(&out_map)
-            .arg(&side_map);
-        match bias {
-            Some(bias) => launch.arg(bias),
-            None => launch.arg(&null),
-        };
-        launch
-            .arg(&rows)
-            .arg(&cols)
-            .arg(&depth)
-            .arg(&rank)
-            .arg(&mask)
-            .arg(&side_job);
-        let config = LaunchConfig {
-            grid_dim: (blocks as u32, 1, 1),
-            block_dim: (384, 1, 1),
-            shared_mem_bytes: SHARED_BYTES as u32,
+        let mask = masking.mask().unwrap_or_default();
+        let bits_at = self.bits_address(masking);
+        let bias = bias.map(|bias| bias.device_ptr(self.stream));
+        let bias_at = bias.as_ref().map_or(0, |(at, _)| *at);
+        let args = [
+            arg(&input_map),
+            arg(&weight_map),
+            arg(&q_map),
+            arg(&p_map),
+            arg(&out_map),
+            arg(&side0_map),
+            arg(&side1_map),
+            arg(&bias_at),
+            arg(&rows),
+            arg(&cols),
+            arg(&depth),
+            arg(&rank),
+            arg(&mask),
+            arg(&bits_at),
+            arg(&side_job),
+        ];
+        let grid = Grid {
+            shared_bytes: SHARED_BYTES,
+            ..Grid::new([blocks as u32, 1, 1], 384)
         };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,
         // whose sizes the caller checked, and the guards above order the stream after their writers.
-        unsafe { launch.launch(config) }.map_err(Error::driver("launch of gemm"))?;
+        unsafe { self.launch("launch of gemm", &function, grid, &args) }?;
         drop((out_guard, a_guard, b_guard));
-        let a = (a_cols > 0).then(|| Partial::whole(a_part, a_cols));
-        let b = (b_cols > 0).then(|| Partial::whole(b_part, b_cols));
-        Ok(FusedOutput { out, a, b })
+        let partial = |part, cols| Partial {
+            part,
+            splits: segments,
+            ranks: q.cols,
+            cols,
+        };
+        let a = (a_cols > 0).then(|| partial(a_part, a_cols));
+        let b = (b_cols > 0).then(|| partial(b_part, b_cols));
+        Ok(Parts { a, b })
     }
 }
 
@@ -269,59 +294,11 @@ impl Launcher<'_> {
 struct Side {
     q: [u64; 2],
     part: [u64; 2],
+    strides: [i32; 2],
     cols: [i32; 2],
-    blocks: i64,
+    segment_rows: i32,
+    blocks: i32,
 }
 
 // SAFETY: plain words in the layout of the kernel's struct `Side`.
 unsafe impl DeviceRepr for Side {}
-
-/// A description of a matrix for the copy engine, passed to kernels by value.
-#[derive(Clone, Copy)]
-#[repr(C, align(128))]
-struct TensorMap([u64; 16]);
-
-// SAFETY: plain words, the layout that the driver wrote.
-unsafe impl DeviceRepr for TensorMap {}
-
-impl TensorMap {
-    /// `[rows, cols]` at `address`, rows `stride` elements apart, in swizzled boxes of 64 columns.
-    fn new<T: Element>(
-        address: u64,
-        (rows, cols, stride): (usize, usize, usize),
-        box_rows: usize,
-    ) -> Result<Self> {
-        let mut map = Self([0; 16]);
-        let dtype = match T::DTYPE {
-            DType::Bf16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            DType::F16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            DType::F32 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-        };
-        let (sizes, strides) = (
-            [cols as u64, rows as u64],
-            [(stride * size_of::<T>()) as u64],
-        );
-        let (box_size, steps) = ([DEPTH as u32, box_rows as u32], [1, 1]);
-        // SAFETY: the arrays have two, one, two and two elements, as rank 2 asks for; `map` is 128 bytes
-        // aligned to 128 and only written.
-        unsafe {
-            cuTensorMapEncodeTiled(
-                ptr::from_mut(&mut map).cast(),
-                dtype,
-                2,
-                address as *mut _,
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                box_size.as_ptr(),
-                steps.as_ptr(),
-                CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        }
-        .result()
-        .map_err(Error::driver("cuTensorMapEncodeTiled"))?;
-        Ok(map)
-    }
-}

@@ -22,6 +22,7 @@ pub struct Kernels {
     multiprocessors: usize,
     compiler: Compiler,
     functions: Mutex<HashMap<Instance, CudaFunction>>,
+    clusters: Mutex<HashMap<(Instance, u32), usize>>,
     blas: Blas,
     preference: Preference,
 }
@@ -41,6 +42,8 @@ pub(crate) enum Kernel {
     Expand,
     Outer,
     Reduce,
+    Sweep,
+    Bits,
     Gemm,
 }
 
@@ -52,20 +55,32 @@ impl Kernel {
             Self::Expand => "expand",
             Self::Outer => "outer",
             Self::Reduce => "reduce",
+            Self::Sweep => "sweep",
+            Self::Bits => "bits",
             Self::Gemm => "gemm",
         }
     }
 
     pub fn source(self) -> &'static str {
-        macro_rules! with_tile {
-            ($file:literal) => {
+        macro_rules! joined {
+            ($file:literal, $($header:literal),+) => {
                 concat!(
-                    include_str!("cuda/tile.cuh"),
-                    "\n#line 1 \"",
+                    $(include_str!(concat!("cuda/", $header)), "\n",)+
+                    "#line 1 \"",
                     $file,
                     "\"\n",
                     include_str!(concat!("cuda/", $file))
                 )
+            };
+        }
+        macro_rules! with_tile {
+            ($file:literal) => {
+                joined!($file, "tile.cuh")
+            };
+        }
+        macro_rules! with_hopper {
+            ($file:literal) => {
+                joined!($file, "tile.cuh", "hopper.cuh")
             };
         }
         match self {
@@ -74,7 +89,9 @@ impl Kernel {
             Self::Expand => with_tile!("expand.cu"),
             Self::Outer => with_tile!("outer.cu"),
             Self::Reduce => with_tile!("reduce.cu"),
-            Self::Gemm => with_tile!("gemm.cu"),
+            Self::Sweep => with_hopper!("sweep.cu"),
+            Self::Bits => with_hopper!("bits.cu"),
+            Self::Gemm => with_hopper!("gemm.cu"),
         }
     }
 }
@@ -100,6 +117,7 @@ impl Kernels {
             multiprocessors,
             compiler: Compiler::new(cubin::default_dir())?,
             functions: Mutex::default(),
+            clusters: Mutex::default(),
             blas: Blas::new(context)?,
             preference: Preference::default(),
         })
@@ -139,8 +157,30 @@ impl Kernels {
         self.preference
     }
 
+    /// Whether kernels may start while the one before them drains: from Hopper on.
+    pub(crate) fn overlaps(&self) -> bool {
+        !self.arch.starts_with("sm_8")
+    }
+
     pub(crate) fn multiprocessors(&self) -> usize {
         self.multiprocessors
+    }
+
+    /// How many clusters of `size` blocks of `instance` the card holds, asked of `query` once.
+    pub(crate) fn clusters(
+        &self,
+        instance: &Instance,
+        size: u32,
+        query: impl FnOnce() -> Result<usize>,
+    ) -> Result<usize> {
+        let mut clusters = lock(&self.clusters);
+        let key = (instance.clone(), size);
+        if let Some(&count) = clusters.get(&key) {
+            return Ok(count);
+        }
+        let count = query()?;
+        clusters.insert(key, count);
+        Ok(count)
     }
 
     /// The function of `instance`, allowed `shared_bytes` of dynamic shared memory.

@@ -75,24 +75,39 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod backward;
 mod check;
 mod cubin;
 mod dropout;
 mod element;
 mod error;
+mod forward;
 mod gemm;
+mod group;
 mod hopper;
 mod kernels;
+mod launch;
 mod linear;
+mod masking;
+mod memory;
+mod pack;
 mod path;
+mod reduce;
+mod rows;
 mod skinny;
+mod sweep;
+mod tensor_map;
 
+pub use backward::{Gradients, InputGradient};
 pub use check::compile_all;
 pub use dropout::{Dropout, Place};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
+pub use forward::{Forward, Saved};
 pub use gemm::F32Math;
+pub use group::{Columns, GroupLayout, Grouped, Member};
 pub use kernels::{Kernels, first_device};
-pub use linear::{Forward, Gradients, InputGradient, LoraLinear, Saved};
+pub use linear::{LoraLinear, Packed};
+pub use memory::MemoryPool;
 pub use path::{Path, Preference, Reason};
-pub use skinny::Rows;
+pub use rows::Rows;

@@ -14,7 +14,7 @@ fn with_device(test: impl Fn(&Kernels, &Arc<CudaStream>)) {
     if let Some(context) = device() {
         test(
             &Kernels::new(&context).unwrap(),
-            &context.new_stream().unwrap(),
+            &context.per_thread_stream(),
         );
     }
 }
@@ -169,7 +169,7 @@ fn the_hopper_path_matches_f64_wherever_it_can_run() {
     let Some(context) = device() else { return };
     let (kernels, stream) = (
         Kernels::new(&context).unwrap().prefer(Preference::Hopper),
-        context.new_stream().unwrap(),
+        context.per_thread_stream(),
     );
     for (tokens, in_features, out_features, rank) in [
         (256, 256, 256, 16),

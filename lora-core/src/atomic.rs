@@ -8,11 +8,6 @@ use std::{
 
 use crate::{Error, Result};
 
-/// Writes `bytes` beside `path` and then renames: a reader sees the old file or the new one.
-pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    Staged::write(path, |file| file.write_all(bytes))?.commit()
-}
-
 /// A file that is written but does not stand in its place yet. Dropped, it is gone.
 pub(crate) struct Staged {
     path: PathBuf,

@@ -63,6 +63,13 @@ pub const fn no_match(tree: &TargetTree, model: &str, pattern: &str) -> Message 
     nearest.message(model)
 }
 
+/// Those of `names` that come nearest to `name`, for a sentence.
+pub(crate) fn nearest_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> String {
+    let mut nearest = Nearest::new(name);
+    names.for_each(|name| nearest.offer(name));
+    nearest.offers()
+}
+
 /// The paths that come nearest to a pattern, best first.
 pub struct Nearest<'a> {
     pattern: &'a str,
@@ -111,6 +118,16 @@ impl<'a> Nearest<'a> {
             i += 1;
         }
         message
+    }
+
+    /// The paths, for a sentence of another kind.
+    pub fn offers(&self) -> String {
+        let quoted = |path: &Path| format!("`{}`", String::from_utf8_lossy(path.as_bytes()));
+        let offers: Vec<String> = self.best[..self.count].iter().map(quoted).collect();
+        match offers.is_empty() {
+            true => "none".to_string(),
+            false => offers.join(", "),
+        }
     }
 
     const fn offer_tree(&mut self, tree: &TargetTree, path: Path) {

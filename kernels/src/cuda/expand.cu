@@ -7,11 +7,13 @@ constexpr int WARP_COLS = 4 * VEC;
 constexpr int WARPS = 8;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(
-    const T* __restrict__ q,     // [rows, rank]
+    const T* __restrict__ q,     // [rows, rank], row stride ldq
     const T* __restrict__ p,     // [cols up to a multiple of 32, rank]
     const T* __restrict__ bias,  // [cols] or null
     T* __restrict__ out,         // [rows, cols]
-    i64 rows, int cols, int rank, int with_bias, Dropout dropout) {
+    i64 rows, int cols, int rank, int ldq, int with_bias, Dropout dropout) {
+  await_previous();
+  start_next();
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   int col_blocks = (cols + WARPS * WARP_COLS - 1) / (WARPS * WARP_COLS);
   i64 row0 = (i64)(blockIdx.x / col_blocks) * (16 * MT);
@@ -28,8 +30,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(
     for (int i = 0; i < MT; ++i) {
       i64 row = row0 + i * 16 + g;
       HalfVec lo = {{0, 0}}, hi = {{0, 0}};
-      if (row < rows) lo = load_half_vec(q + row * rank + k + t * HALF_VEC);
-      if (row + 8 < rows) hi = load_half_vec(q + (row + 8) * rank + k + t * HALF_VEC);
+      if (row < rows) lo = load_half_vec(q + row * ldq + k + t * HALF_VEC);
+      if (row + 8 < rows) hi = load_half_vec(q + (row + 8) * ldq + k + t * HALF_VEC);
 #pragma unroll
       for (int n = 0; n < NT; ++n) mma(acc[i][n], lo.w[0], hi.w[0], lo.w[1], hi.w[1], b[n].w[0], b[n].w[1]);
     }

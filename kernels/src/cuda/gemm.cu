@@ -7,9 +7,10 @@
 // tiles of W by multicast. One warp loads through the tensor memory accelerator into STAGES
 // buffers; two warpgroups of 64 rows each multiply from there (wgmma) with the sums in registers.
 // The rank comes last: without dropout as further depth, with dropout by mma.sync into fresh
-// registers that are masked before they are added; the mask is drawn while wgmma runs. Blocks stay for several tiles, and the loads of
-// the next tile run during the stores of the last. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at
-// most 64), RANK_STEPS = the rank's last 1 to 4 steps of 16.
+// registers that are masked before they are added. Blocks stay for several tiles, and the loads of the
+// next tile run during the stores of the last. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at most
+// 64) 1 = the mask is drawn while wgmma runs, 2 = it is read as bits, RANK_STEPS = the rank's last 1
+// to 4 steps of 16.
 //
 // SIDE 1 (backward): tiles rarely divide by the card, so the first `side.blocks` blocks make no tiles
 // but gradients of the adapter, fed by the copy engine from memory that has time to spare.
@@ -22,41 +23,11 @@ constexpr int STAGE_BYTES = INPUT_BYTES + WEIGHT_BYTES;
 constexpr int STORE_BYTES = 64 * 64 * 2;  // a store box: 64 rows of 128 bytes
 constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
 
-struct alignas(64) TensorMap {
-  u64 words[16];
-};
-
-// ---- barriers, copies, clusters ------------------------------------------------------------
-// The barriers order the copy engine and wgmma (async proxy), which needs no fence of wider scope;
-// `.release.cluster` would put a memory barrier of the whole card into every step.
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
+// ---- copies within a cluster -----------------------------------------------------------------
 __device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nWAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
-      "l"(&map), "r"(col), "r"(row), "r"(bar)
-      : "memory");
 }
 __device__ __forceinline__ void load_box_for_cluster(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
   asm volatile(
@@ -68,9 +39,6 @@ __device__ __forceinline__ void load_box_for_cluster(u32 dst, const TensorMap& m
 __device__ __forceinline__ void store_box(const TensorMap& map, int col, int row, u32 src) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(col), "r"(row), "r"(src)
                : "memory");
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
@@ -136,19 +104,7 @@ struct Ring {
 };
 
 #if DROPOUT
-__device__ __forceinline__ void ldmatrix(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-__device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-// Address of 16-byte chunk `chunk` of a 128-byte row under the swizzle.
-__device__ __forceinline__ u32 swizzled(u32 base, int row, int chunk) { return base + row * 128 + ((chunk ^ (row & 7)) << 4); }
-
+#if DROPOUT == 1
 // Which of a thread's 128 elements are kept, drawn one block of 8 at a time during the products.
 // Draw i = 2 * block + h is for row g + 8h and columns 8t .. 8t + 7 of the 32-column block `block`.
 struct Keep {
@@ -170,6 +126,24 @@ struct Keep {
   }
 };
 constexpr int DRAWS = TILE_COLS / 32 * 2;
+#else
+// The same from memory: words of 128 columns for rows g and g + 8.
+struct Keep {
+  u32 bits[2][2];
+  __device__ __forceinline__ void load(const u32* keep, int row0, int rows, int col0, int cols, int lane) {
+    int groups = (cols + 127) / 128;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        int row = row0 + h * 8 + (lane >> 2), group = col0 / 128 + c;
+        bits[h][c] = 0;
+        if (row < rows && group < groups)
+          asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits[h][c]) : "l"(keep + ((i64)row * groups + group) * 4 + (lane & 3)));
+      }
+  }
+};
+#endif
 
 // d += D(q p) for the 16 rows of a warp; q and p stand in a stage.
 __device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, const Keep& keep, float scale, int lane) {
@@ -197,123 +171,96 @@ __device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, c
         mma(low[2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
       }
     }
-    // Thread n of the quad drew for tile n; bits 2t and 2t + 1 of its byte are for this thread.
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
+      int tile = block * 4 + n;
+#if DROPOUT == 1
+      // Thread n of the quad drew for tile n; bits 2t and 2t + 1 of its byte are for this thread.
       u32 word = __shfl_sync(0xffffffffu, keep.bits[block >> 1], n, 4) >> (16 * (block & 1) + 2 * t);
+#endif
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float v = low[n][c] * scale;
-        if (word >> (8 * (c >> 1) + (c & 1)) & 1) d[(block * 4 + n) * 4 + c] += v;
+#if DROPOUT == 1
+        bool kept = word >> (8 * (c >> 1) + (c & 1)) & 1;
+#else
+        bool kept = keep.bits[c >> 1][tile >> 4] >> (2 * (tile & 15) + (c & 1)) & 1;
+#endif
+        if (kept) d[tile * 4 + c] += v;
       }
     }
   }
 }
 #endif
 
-// Work beside the product: part[rank, cols] = qᵀ · z for up to two z [rows, cols].
+// Work beside the product: part[segment][rank, cols] = qᵀ · z over the rows of a segment, for up to
+// two z [rows, cols]. With DROPOUT the second z is masked like the output.
 struct Side {
-  const T *q0, *q1;      // [rows, rank]
-  float *part0, *part1;  // [rank, cols]
-  int cols0, cols1;      // 0: no second product
-  i64 blocks;
+  const T *q0, *q1;      // [rows, rank], row strides ldq0 and ldq1
+  float *part0, *part1;  // [segments, rank, cols]
+  int ldq0, ldq1;
+  int cols0, cols1;  // 0: no such product
+  int segment_rows, blocks;
 };
 
 #if SIDE
-constexpr int SIDE_WARPS = 8, SIDE_STAGES = STAGES * STAGE_BYTES / INPUT_BYTES, SIDE_AHEAD = 4 / RANK_STEPS;
-constexpr int SIDE_TILES = RANK_STEPS, SIDE_PITCH = 66;  // 64 columns and two words against bank conflicts
+constexpr int SIDE_WARPS = 8, SIDE_STAGES = 4, SIDE_CHUNK = SIDE_WARPS * BOX_COLS;
+constexpr int SIDE_RANK = 16 * RANK_STEPS, SIDE_RING_BYTES = SIDE_WARPS * SIDE_STAGES * BOX_BYTES;
 
-// Warps 0 to 7 take 16 of the 128 rows of a box each, warp 8 loads; columns go by blocks of 64.
-__device__ __forceinline__ void side_work(const TensorMap& z0, const TensorMap& z1, const Side& side, int rows, u32 stages, float* sums, u32 full, u32 empty) {
-  int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
-  int boxes = (rows + TILE_ROWS - 1) / TILE_ROWS;
-  int units0 = (side.cols0 + 63) / 64, units = units0 + (side.cols1 + 63) / 64;
-  constexpr int rank = 16 * SIDE_TILES;
-  int stage = 0;
-  u32 parity = 0;
-  auto advance = [&] {
-    if (++stage == SIDE_STAGES) stage = 0, parity ^= 1;
-  };
-  if (warp == SIDE_WARPS && lane == 0) {
-    for (int unit = blockIdx.x; unit < units; unit += (int)side.blocks)
-      for (int box = 0; box < boxes; ++box, advance()) {
-        u32 bar = full + 8 * stage;
-        barrier_wait(empty + 8 * stage, parity ^ 1);
-        barrier_expect(bar, INPUT_BYTES);
-        int col = (unit < units0 ? unit : unit - units0) * 64;
-        load_box(stages + stage * INPUT_BYTES, unit < units0 ? z0 : z1, col, box * TILE_ROWS, bar);
+// A block takes segments of rows, whose q it keeps in shared memory, and every column of z in chunks
+// of 512: 1024 bytes of 32 rows at a time, because single lines would cost the memory too much. A
+// warp has 64 columns and a ring of boxes of its own.
+template <bool MASKED>
+__device__ __forceinline__ void side_work(const TensorMap& z, const T* q, float* part, int ldq, int cols, int rows, const u32* kept, float scale, const Side& side, unsigned char* shared, u32 full, int& stage, u32& parity) {
+  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  u32 ring = shared_address(shared) + warp * SIDE_STAGES * BOX_BYTES;
+  T* q_rows = reinterpret_cast<T*>(shared + SIDE_RING_BYTES);  // [segment_rows, SIDE_RANK]
+  int segments = (rows + side.segment_rows - 1) / side.segment_rows, chunks = (cols + SIDE_CHUNK - 1) / SIDE_CHUNK;
+  for (int segment = blockIdx.x; segment < segments; segment += side.blocks) {
+    int row0 = segment * side.segment_rows, strips = (min(rows - row0, side.segment_rows) + BOX_ROWS - 1) / BOX_ROWS;
+    int count = strips * chunks, ahead = 0, ahead_strip = 0, ahead_chunk = 0;
+    auto fetch = [&](int stage) {
+      if (ahead++ >= count) return;
+      if (lane == 0) {
+        barrier_expect(full + 8 * stage, BOX_BYTES);
+        load_box(ring + stage * BOX_BYTES, z, ahead_chunk * SIDE_CHUNK + warp * BOX_COLS, row0 + ahead_strip * BOX_ROWS, full + 8 * stage);
       }
-  } else if (warp < SIDE_WARPS) {
-    for (int unit = blockIdx.x; unit < units; unit += (int)side.blocks) {
-      bool second = unit >= units0;
-      int col0 = (second ? unit - units0 : unit) * 64, cols = second ? side.cols1 : side.cols0;
-      float* part = second ? side.part1 : side.part0;
-      const T* q = (second ? side.q1 : side.q0) + (i64)(warp * 16 + 4 * t) * rank + 2 * g;
-      // Ranks 2g and 2g + 1 of the thread's four rows of a box, SIDE_AHEAD boxes ahead.
-      u32 ahead[SIDE_AHEAD][SIDE_TILES][4];
-      auto fetch = [&](int box) {
-#pragma unroll
-        for (int i = 0; i < SIDE_AHEAD; ++i)
-#pragma unroll
-          for (int j = 0; j < SIDE_TILES; ++j)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              i64 row = (i64)(box + i) * TILE_ROWS;
-              bool live = row + warp * 16 + 4 * t + r < rows;
-              ahead[i][j][r] = live ? *reinterpret_cast<const u32*>(q + (row + r) * rank + j * 16) : 0;
-            }
-      };
-      float acc[SIDE_TILES][8][4] = {};
-      fetch(0);
-      for (int box = 0; box < boxes; box += SIDE_AHEAD) {
-        u32 now[SIDE_AHEAD][SIDE_TILES][4];
-#pragma unroll
-        for (int i = 0; i < SIDE_AHEAD * SIDE_TILES * 4; ++i)
-          now[i / (SIDE_TILES * 4)][i / 4 % SIDE_TILES][i % 4] = ahead[i / (SIDE_TILES * 4)][i / 4 % SIDE_TILES][i % 4];
-        fetch(box + SIDE_AHEAD);
-#pragma unroll
-        for (int i = 0; i < SIDE_AHEAD; ++i) {
-          if (box + i >= boxes) break;
-          barrier_wait(full + 8 * stage, parity);
-          Vec z[4];
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            int row = warp * 16 + 4 * t + r;
-            u32 at = stages + stage * INPUT_BYTES + row * 128 + ((g ^ (row & 7)) << 4);
-            asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(z[r].w[0]), "=r"(z[r].w[1]), "=r"(z[r].w[2]), "=r"(z[r].w[3]) : "r"(at));
-          }
-#pragma unroll
-          for (int j = 0; j < SIDE_TILES; ++j) {
-            const u32(&k)[4] = now[i][j];
-            u32 a0 = __byte_perm(k[0], k[1], 0x5410), a1 = __byte_perm(k[0], k[1], 0x7632);
-            u32 a2 = __byte_perm(k[2], k[3], 0x5410), a3 = __byte_perm(k[2], k[3], 0x7632);
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-              u32 pick = e & 1 ? 0x7632 : 0x5410;
-              mma(acc[j][e], a0, a1, a2, a3, __byte_perm(z[0].w[e >> 1], z[1].w[e >> 1], pick), __byte_perm(z[2].w[e >> 1], z[3].w[e >> 1], pick));
-            }
-          }
-          __syncwarp();
-          if (lane == 0) barrier_arrive(empty + 8 * stage);
-          advance();
+      if (++ahead_strip == strips) ahead_strip = 0, ++ahead_chunk;
+    };
+    for (int i = 0, to = stage; i < SIDE_STAGES; ++i, to = (to + 1) % SIDE_STAGES) fetch(to);
+    asm volatile("bar.sync 1, %0;" ::"n"(SIDE_WARPS * 32) : "memory");  // the segment before is done with its q
+    constexpr int ROW_VECS = SIDE_RANK / 8;
+    for (int at = threadIdx.x; at < strips * BOX_ROWS * ROW_VECS; at += SIDE_WARPS * 32) {
+      int row = row0 + at / ROW_VECS;
+      Vec v = {{0, 0, 0, 0}};
+      if (row < rows) v = load_packed(q + (i64)row * ldq + at % ROW_VECS * 8);
+      reinterpret_cast<Vec*>(q_rows)[at] = v;
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(SIDE_WARPS * 32) : "memory");
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      float acc[RANK_STEPS][8][4] = {};
+      u32 q_at = shared_address(q_rows);
+      int col0 = chunk * SIDE_CHUNK + warp * BOX_COLS;
+      BoxBits bits, next;
+      if (MASKED) next.load(kept, row0, rows, cols, col0, lane);
+      for (int strip = 0; strip < strips; ++strip, q_at += BOX_ROWS * SIDE_RANK * 2) {
+        if (MASKED) {
+          bits = next;
+          if (strip + 1 < strips) next.load(kept, row0 + (strip + 1) * BOX_ROWS, rows, cols, col0, lane);
         }
-      }
+        barrier_wait(full + 8 * stage, parity);
 #pragma unroll
-      for (int j = 0; j < SIDE_TILES; ++j) {
-        asm volatile("bar.sync 1, 256;" ::: "memory");
+        for (int i = 0; i < 2; ++i) {
+          u32 a[RANK_STEPS][4];
 #pragma unroll
-        for (int e = 0; e < 8; ++e)
-#pragma unroll
-          for (int c = 0; c < 4; ++c)
-            sums[(warp * 16 + 2 * g + (c >> 1)) * SIDE_PITCH + (2 * t + (c & 1)) * 8 + e] = acc[j][e][c];
-        asm volatile("bar.sync 1, 256;" ::: "memory");
-        for (int at = threadIdx.x; at < 16 * 64; at += SIDE_WARPS * 32) {
-          float sum = 0.f;
-#pragma unroll
-          for (int w = 0; w < SIDE_WARPS; ++w) sum += sums[(w * 16 + at / 64) * SIDE_PITCH + at % 64];
-          if (col0 + at % 64 < cols) part[(i64)(j * 16 + at / 64) * cols + col0 + at % 64] = sum;
+          for (int j = 0; j < RANK_STEPS; ++j) load_q(a[j], q_at + i * 16 * SIDE_RANK * 2 + j * 32, SIDE_RANK, lane);
+          add_across<RANK_STEPS, MASKED>(acc, a, ring + stage * BOX_BYTES, i, lane, &bits);
         }
+        __syncwarp();
+        fetch(stage);
+        if (++stage == SIDE_STAGES) stage = 0, parity ^= 1;
       }
+      store_across(acc, scale, part + (i64)segment * SIDE_RANK * cols, col0, cols, lane);
     }
   }
 }
@@ -325,9 +272,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     const __grid_constant__ TensorMap q_map,       // [rows, rank], box 64 x 128
     const __grid_constant__ TensorMap p_map,       // as weight_map
     const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 64
-    const __grid_constant__ TensorMap side_map,    // [rows, cols] of the second side product, box 64 x 128
+    const __grid_constant__ TensorMap side0_map,   // z of the first side product, box 64 x 32
+    const __grid_constant__ TensorMap side1_map,   // and of the second
     const T* __restrict__ bias,                    // [cols] or null
-    int rows, int cols, int depth, int rank, Dropout dropout, Side side) {
+    int rows, int cols, int depth, int rank, Dropout dropout,
+    const u32* kept,  // DROPOUT 2: bits of [rows, cols]
+    Side side) {
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   u32 stages = shared_address(shared), stores = stages + STAGES * STAGE_BYTES;
@@ -335,25 +285,27 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
 
 #if SIDE
   if (blockIdx.x < side.blocks) {
-    __shared__ __align__(8) u64 side_barriers[2 * SIDE_STAGES];
-    u32 full = shared_address(side_barriers), empty = full + SIDE_STAGES * 8;
-    if (threadIdx.x == 0) {
-      for (int s = 0; s < SIDE_STAGES; ++s) {
-        barrier_init(full + 8 * s, 1);
-        barrier_init(empty + 8 * s, SIDE_WARPS);
-      }
+    if (threadIdx.x >= SIDE_WARPS * 32) return;
+    __shared__ __align__(8) u64 side_barriers[SIDE_WARPS * SIDE_STAGES];
+    u32 ring_full = shared_address(side_barriers) + threadIdx.x / 32 * SIDE_STAGES * 8;
+    if (threadIdx.x % 32 == 0) {
+      for (int stage = 0; stage < SIDE_STAGES; ++stage) barrier_init(ring_full + 8 * stage, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    __syncthreads();
-    float* sums = reinterpret_cast<float*>(shared + STAGES * STAGE_BYTES);
-    side_work(input_map, side_map, side, rows, shared_address(shared), sums, full, empty);
+    __syncwarp();
+    await_previous();
+    start_next();
+    int stage = 0;
+    u32 parity = 0;
+    if (side.cols0) side_work<false>(side0_map, side.q0, side.part0, side.ldq0, side.cols0, rows, kept, 1.f, side, shared, ring_full, stage, parity);
+    if (side.cols1) side_work<DROPOUT == 2>(side1_map, side.q1, side.part1, side.ldq1, side.cols1, rows, kept, DROPOUT ? dropout.scale : 1.f, side, shared, ring_full, stage, parity);
     return;
   }
 #endif
 
   u32 block;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
-  int side_blocks = (int)side.blocks;
+  int side_blocks = side.blocks;
   int cluster = (blockIdx.x - side_blocks) / CLUSTER, clusters = (gridDim.x - side_blocks) / CLUSTER;
   int cluster_rows = (rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS), cluster_cols = (cols + TILE_COLS - 1) / TILE_COLS;
   int tiles = cluster_rows * cluster_cols;
@@ -375,10 +327,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
     if (threadIdx.x == 0) {
       Ring ring;
+      bool first = true;
       for (int index = cluster; index < tiles; index += clusters) {
         Tile tile = tile_at(index, cluster_rows, cluster_cols, block);
         for (int k = 0; k < depth_blocks + rank_blocks; ++k, ring.next()) {
           bool low = k >= depth_blocks;
+          if (low && first) {
+            // Only q comes from the kernel before this one: the base product need not await it. No
+            // tile is stored before its rank has arrived, so the stores are behind this too.
+            await_previous();
+            start_next();
+            first = false;
+          }
           const TensorMap& left = low ? q_map : input_map;
           const TensorMap& right = low ? p_map : weight_map;
           int at = (low ? k - depth_blocks : k) * TILE_DEPTH;
@@ -408,6 +368,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       int previous = 0;
 #if DROPOUT
       Keep keep;
+#endif
+#if DROPOUT == 1
       u64 first_draw = (u64)((i64)(tile.row + math * 64 + warp * 16 + (lane >> 2)) * cols + tile.col + (lane & 3) * 8) >> 3;
 #endif
       for (int k = 0; k < full_blocks; ++k, ring.next()) {
@@ -420,8 +382,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         for (int step = 0; step < TILE_DEPTH / 16; ++step)
           wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, k > 0 || step > 0);
         wgmma_commit();
-#if DROPOUT
+#if DROPOUT == 1
         if (k < DRAWS) keep.draw(dropout, first_draw, k, cols);
+#elif DROPOUT == 2
+        if (k == full_blocks / 2) {
+          await_previous();  // of use in the first tile: the bits come from the kernel before this one
+          keep.load(kept, tile.row + math * 64 + warp * 16, rows, tile.col, cols, lane);
+        }
 #endif
         wgmma_wait<1>();
         if (k > 0 && thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
@@ -432,7 +399,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
       {
         u32 at = stages + ring.stage * STAGE_BYTES;
+#if DROPOUT == 1
         for (int i = full_blocks; i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
+#endif
         barrier_wait(full + 8 * ring.stage, ring.parity);
         add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, dropout.scale, lane);
         warpgroup_sync(math);

@@ -123,6 +123,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, ALIGNED && (RT <= 16 ||
     float* __restrict__ part,   // [splits, ranks, cols]
     i64 rows, i64 ldz, int cols, int ldq, i64 rows_per_split, Dropout dropout) {
   __shared__ Block::Sums sums;
+  await_previous();
+  start_next();
   i64 begin = (i64)blockIdx.y * rows_per_split, end = min(begin + rows_per_split, rows);
   int rank0 = blockIdx.z * RT, ranks = gridDim.z * RT;
   Block::run(z, q + rank0, part + ((i64)blockIdx.y * ranks + rank0) * cols, begin, end, blockIdx.x * Block::COLS, ldz, cols, ldq, dropout, sums);

@@ -1,7 +1,7 @@
-// dst[i, j] = src[i, j], or src[j, i] with `transpose`; zero where src has no such element.
-// Brings an adapter to the dtype of the base and to padded, aligned rows.
+// to[i, j] = from[i, j], or from[j, i] with `transpose`; zero where `from` has no such element.
+// Brings adapters to the dtype of the base and to padded, aligned rows.
 //
-// Two matrices a launch: blockIdx.y picks one. SOURCE_F32 1 = the adapter is kept in f32.
+// Up to eight matrices a launch: blockIdx.y picks one. SOURCE_F32 1 = the adapter is kept in f32.
 #if SOURCE_F32
 typedef float Source;
 __device__ __forceinline__ T converted(Source v) { return from_float(v); }
@@ -10,22 +10,32 @@ typedef T Source;
 __device__ __forceinline__ T converted(Source v) { return v; }
 #endif
 
-
-struct Shape {
-  int rows, cols;          // of src
-  int dst_rows, dst_cols;  // of dst
-  int transpose;
+struct Job {
+  const Source* from;
+  T* to;
+  int rows, cols;                // of `from`
+  int packed_rows, packed_cols;  // of `to`
+  i64 transpose;
+};
+struct Jobs {
+  Job job[8];
 };
 
-extern "C" __global__ void pack(const Source* __restrict__ src0, T* __restrict__ dst0, Shape shape0,
-                                const Source* __restrict__ src1, T* __restrict__ dst1, Shape shape1) {
-  const Source* src = blockIdx.y == 0 ? src0 : src1;
-  T* dst = blockIdx.y == 0 ? dst0 : dst1;
-  Shape p = blockIdx.y == 0 ? shape0 : shape1;
-  i64 count = (i64)p.dst_rows * p.dst_cols;
-  for (i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x; at < count; at += (i64)gridDim.x * blockDim.x) {
-    int i = (int)(at / p.dst_cols), j = (int)(at % p.dst_cols);
-    int row = p.transpose ? j : i, col = p.transpose ? i : j;
-    dst[at] = row < p.rows && col < p.cols ? converted(src[(i64)row * p.cols + col]) : (T)0;
+extern "C" __global__ void pack(const __grid_constant__ Jobs jobs) {
+  await_previous();
+  start_next();
+  const Job& p = jobs.job[blockIdx.y];
+  i64 count = (i64)p.packed_rows * p.packed_cols;
+  // Four neighbours of a packed row a thread; rows hold multiples of 16.
+  for (i64 at = 4 * ((i64)blockIdx.x * blockDim.x + threadIdx.x); at < count; at += 4 * (i64)gridDim.x * blockDim.x) {
+    int i = (int)(at / p.packed_cols), j = (int)(at % p.packed_cols);
+    T v[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      int row = p.transpose ? j + e : i, col = p.transpose ? i : j + e;
+      v[e] = row < p.rows && col < p.cols ? converted(p.from[(i64)row * p.cols + col]) : (T)0;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) p.to[at + e] = v[e];
   }
 }

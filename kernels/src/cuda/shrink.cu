@@ -1,4 +1,4 @@
-// s[m, j] = alpha * sum_k D(x)[m, k] * a[j, k]        one pass over x
+// s[m, j] = scale_j * sum_k D(x)[m, k] * a[j, k]        one pass over x
 //
 // A warp loads 16 bytes a thread straight from x: thread t of a quad takes columns 8t .. 8t+7 of a
 // 32-column step, and the same columns of `a`, so both fragments hold the same permutation of k and
@@ -8,11 +8,18 @@ constexpr int SPAN = 4 * VEC;  // columns of one step
 constexpr int NT = RT / 8;
 constexpr int STEPS = RT <= 32 ? 2 : 1;  // steps in flight
 
+// A factor for every 16 ranks; those behind the last take the last.
+struct Scales {
+  float of[64];
+};
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, DTYPE != 0 && ALIGNED && WARPS == 8 && RT <= (DROPOUT ? 16 : 32) ? 2 : 1) shrink(
     const T* __restrict__ x,  // [rows, cols], row stride ldx
     const T* __restrict__ a,  // [ranks, lda], zero beyond cols
     T* __restrict__ s,        // [rows, lds]
-    i64 rows, i64 ldx, int cols, int lda, int lds, float alpha, Dropout dropout) {
+    i64 rows, i64 ldx, int cols, int lda, int lds, const __grid_constant__ Scales scales, Dropout dropout) {
+  await_previous();
+  start_next();
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   i64 row0 = (i64)blockIdx.x * (16 * MT);
   int rank0 = blockIdx.y * RT;
@@ -65,10 +72,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, DTYPE != 0 && ALIGNED &
   constexpr int TILES = MT * NT;
   constexpr int CHUNK = TILES < 64 / WARPS ? TILES : 64 / WARPS;
   __shared__ float sums[WARPS][CHUNK][128];
-  float scale = alpha;
-#if DROPOUT
-  scale *= dropout.scale;
-#endif
 #pragma unroll
   for (int first = 0; first < TILES; first += CHUNK) {
     __syncthreads();
@@ -87,7 +90,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, DTYPE != 0 && ALIGNED &
         float sum = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) sum += sums[w][at / 128][in_tile];
-        s[row * lds + rank0 + (tile % NT) * 8 + in_tile % 8] = from_float(scale * sum);
+        int rank = rank0 + (tile % NT) * 8 + in_tile % 8;
+        float scale = scales.of[min(rank / 16, 63)];
+#if DROPOUT
+        scale *= dropout.scale;
+#endif
+        s[row * lds + rank] = from_float(scale * sum);
       }
     }
   }

@@ -24,6 +24,21 @@ struct alignas(8) HalfVec {
   u32 w[2];
 };
 
+// ---- order of kernels ------------------------------------------------------------------------
+// A kernel starts while the one before it drains. It must await that one before it reads what it
+// wrote, and before it writes anything: memory freed by an earlier kernel of the stream is reused.
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel of the stream start on multiprocessors that have room for it.
+__device__ __forceinline__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- conversions ---------------------------------------------------------------------------
 __device__ __forceinline__ float to_float(T v) {
 #if DTYPE == 0

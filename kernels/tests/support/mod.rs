@@ -1,5 +1,7 @@
 //! Random layers, an f64 reference and error measures for the GPU tests.
 
+#![allow(dead_code)] // each test file uses its part of this module
+
 use std::sync::Arc;
 use std::thread;
 
@@ -303,19 +305,26 @@ fn poison(stream: &Arc<CudaStream>, case: &Case) {
         case.rank.next_multiple_of(64),
     ]
     .map(|c| case.tokens * c * 4);
-    let held: Vec<CudaSlice<u8>> = sizes
-        .into_iter()
-        .chain([
+    poison_sizes(
+        stream,
+        sizes.into_iter().chain([
             (case.in_features + case.out_features) * case.rank * 8,
             1 << 20,
-        ])
+        ]),
+    );
+}
+
+/// Fills blocks of these sizes, in bytes, with NaN and frees them.
+pub fn poison_sizes(stream: &Arc<CudaStream>, sizes: impl IntoIterator<Item = usize>) {
+    let held: Vec<CudaSlice<u8>> = sizes
+        .into_iter()
         .filter(|&bytes| bytes > 0)
         .map(|bytes| stream.clone_htod(&vec![0xff_u8; bytes]).unwrap())
         .collect();
     drop(held);
 }
 
-fn read<T: Real>(stream: &Arc<CudaStream>, slice: &CudaSlice<T>) -> Vec<f64> {
+pub fn read<T: Real>(stream: &Arc<CudaStream>, slice: &CudaSlice<T>) -> Vec<f64> {
     if slice.is_empty() {
         return Vec::new();
     }

@@ -1,0 +1,228 @@
+//! `dS = s · dY B`, `dx = dY W + D'(dS A)`, `dA = dSᵀ D(x)`, `dB = dYᵀ S`
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
+
+use crate::dropout::{Dropout, Place};
+use crate::element::Element;
+use crate::error::{Result, expect_size};
+use crate::forward::Saved;
+use crate::gemm::Product;
+use crate::hopper::{Fused, Parts, SideWork};
+use crate::kernels::Kernels;
+use crate::launch::Launcher;
+use crate::linear::{LoraLinear, Packed};
+use crate::masking::Masking;
+use crate::pack::Source;
+use crate::path::Path;
+use crate::reduce::Sum;
+use crate::rows::{Rows, padded_rank};
+use crate::skinny::{RowsMut, Scales};
+use crate::sweep::Down;
+
+/// What a backward returns.
+#[derive(Debug)]
+pub struct Gradients<T, P> {
+    /// Gradient of the input `[tokens, in_features]`, if it was asked for.
+    pub xs: Option<CudaSlice<T>>,
+    /// Gradient of A `[rank, in_features]`.
+    pub a: CudaSlice<P>,
+    /// Gradient of B `[out_features, rank]`.
+    pub b: CudaSlice<P>,
+}
+
+/// Whether backward computes the gradient of the input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputGradient {
+    /// Compute it.
+    Wanted,
+    /// Skip it: the first layer, or an input that nothing upstream trains.
+    Skipped,
+}
+
+impl Kernels {
+    /// Gradients of a forward with the same `xs`, `linear` and dropout, given `dys = dL/dy`.
+    ///
+    /// # Errors
+    /// Those of [`Kernels::forward`].
+    pub fn backward<T: Element, P: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        xs: &Rows<T>,
+        dys: &Rows<T>,
+        saved: &Saved<T>,
+        linear: &LoraLinear<T, P>,
+        input: InputGradient,
+    ) -> Result<Gradients<T, P>> {
+        let launcher = Launcher {
+            kernels: self,
+            stream,
+        };
+        let mut a = launcher.alloc("the gradient of A", linear.rank * linear.in_features)?;
+        let mut b = launcher.alloc("the gradient of B", linear.out_features * linear.rank)?;
+        let into = (&mut a.as_view_mut(), &mut b.as_view_mut());
+        let xs = self.backward_to(stream, xs, dys, saved, linear, input, into, false)?;
+        Ok(Gradients { xs, a, b })
+    }
+
+    /// Like [`Kernels::backward`], but adds the gradients of A and B to `a` and `b`: gradient
+    /// accumulation over micro-batches without a pass of its own. Returns the gradient of the input.
+    ///
+    /// # Errors
+    /// Those of [`Kernels::forward`].
+    #[allow(clippy::too_many_arguments)] // the arguments of `backward` and two buffers
+    pub fn backward_accumulate<T: Element, P: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        xs: &Rows<T>,
+        dys: &Rows<T>,
+        saved: &Saved<T>,
+        linear: &LoraLinear<T, P>,
+        input: InputGradient,
+        (a, b): (&mut CudaViewMut<P>, &mut CudaViewMut<P>),
+    ) -> Result<Option<CudaSlice<T>>> {
+        self.backward_to(stream, xs, dys, saved, linear, input, (a, b), true)
+    }
+
+    #[allow(clippy::too_many_arguments)] // as above
+    fn backward_to<T: Element, P: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        xs: &Rows<T>,
+        dys: &Rows<T>,
+        saved: &Saved<T>,
+        linear: &LoraLinear<T, P>,
+        input: InputGradient,
+        (a_grad, b_grad): (&mut CudaViewMut<P>, &mut CudaViewMut<P>),
+        accumulate: bool,
+    ) -> Result<Option<CudaSlice<T>>> {
+        let LoraLinear {
+            rank,
+            in_features,
+            out_features,
+            ..
+        } = *linear;
+        let (rows, cols) = (xs.rows, padded_rank(rank));
+        linear.check()?;
+        linear.check_input(xs)?;
+        linear.check_output_gradient(dys)?;
+        expect_size("rows of the output gradient", rows, dys.rows)?;
+        expect_size("saved product of the forward", rows * cols, saved.s.len())?;
+        expect_size("gradient of A", rank * in_features, a_grad.len())?;
+        expect_size("gradient of B", out_features * rank, b_grad.len())?;
+        let launcher = Launcher {
+            kernels: self,
+            stream,
+        };
+        let pre = Dropout::at(linear.dropout, Place::Pre);
+        let post = Dropout::at(linear.dropout, Place::Post);
+
+        let mut ds = launcher.alloc("the rank-sized gradient", rows * cols)?;
+        let mut columns = RowsMut {
+            data: ds.as_view_mut(),
+            cols,
+            stride: cols,
+        };
+        let scales = Scales::all(linear.scaling);
+        let s = Rows::packed(saved.s.as_view(), rows, cols);
+        let hopper = input == InputGradient::Wanted
+            && linear.path(&launcher, Product::Backward, dys) == Path::Hopper;
+        let mut bits = pre
+            .filter(|_| hopper)
+            .map(|mask| launcher.bits((rows, in_features), mask))
+            .transpose()?;
+        let down = Down {
+            p: &saved.packed.b_rows(),
+            scales: &scales,
+            s: &mut columns,
+            bits: bits.as_mut(),
+        };
+        let b_part = launcher.shrink_and_outer(dys, down, &s, post)?;
+        let masking = bits
+            .as_ref()
+            .map_or(Masking::drawn(pre), |bits| Masking::Read(bits));
+        let ds = Rows::packed(ds.as_view(), rows, cols);
+        let side_b = Some(&s).filter(|_| b_part.is_none() && post.is_none());
+        let side = launcher.side_work(dys, in_features, side_b, Some((xs, &ds)));
+        let (dxs, parts) = match input {
+            InputGradient::Wanted => {
+                let (dxs, parts) =
+                    launcher.input_gradient(dys, &ds, linear, &saved.packed, masking, side)?;
+                (Some(dxs), parts)
+            }
+            InputGradient::Skipped => (None, Parts::default()),
+        };
+        let a_part = match parts.a {
+            Some(part) => part,
+            None => launcher.outer(xs, &ds, masking)?,
+        };
+        let b_part = match b_part.or(parts.b) {
+            Some(part) => part,
+            None => launcher.outer(dys, &s, Masking::drawn(post))?,
+        };
+        let a_sum = Sum {
+            partial: &a_part,
+            first_rank: 0,
+            rank,
+            transpose: false,
+            grad: &mut a_grad.slice_mut(..),
+        };
+        let b_sum = Sum {
+            partial: &b_part,
+            first_rank: 0,
+            rank,
+            transpose: true,
+            grad: &mut b_grad.slice_mut(..),
+        };
+        launcher.reduce::<T, P>(&mut [a_sum, b_sum], accumulate)?;
+        Ok(dxs)
+    }
+}
+
+impl Launcher<'_> {
+    /// `dx = dY W + D(dS A)`, and what was made beside it.
+    pub fn input_gradient<T: Element, P: Element>(
+        &self,
+        dys: &Rows<T>,
+        ds: &Rows<T>,
+        linear: &LoraLinear<T, P>,
+        packed: &Packed<T>,
+        masking: Masking,
+        side: Option<SideWork<T>>,
+    ) -> Result<(CudaSlice<T>, Parts)> {
+        let mut dxs = self.alloc("the gradient of the input", dys.rows * linear.in_features)?;
+        let parts = match linear.path(self, Product::Backward, dys) {
+            Path::Hopper => {
+                let fused = Fused {
+                    product: Product::Backward,
+                    input: dys,
+                    weight: &linear.weight,
+                    w_rows: linear.out_features,
+                    w_cols: linear.in_features,
+                    bias: None,
+                    q: ds,
+                    p: &packed.a_rows(),
+                    masking,
+                    side,
+                };
+                self.fused(fused, &mut dxs)?
+            }
+            Path::General(_) => {
+                let again; // where the forward took the Hopper path, which needs no such layout
+                let a = match packed.a_cols() {
+                    Some(a) => a,
+                    None => {
+                        let source = Source::a_cols(&linear.a, linear.rank, linear.in_features);
+                        again = self.pack(&[source])?;
+                        again.at(0)
+                    }
+                };
+                self.expand(ds, &a, None, masking.mask(), (&mut dxs, linear.in_features))?;
+                self.accumulate(Product::Backward, dys, linear, &mut dxs)?;
+                Parts::default()
+            }
+        };
+        Ok((dxs, parts))
+    }
+}

@@ -1,0 +1,154 @@
+// Hopper: barriers, the copy engine, clusters and swizzled shared memory.
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+// ---- barriers, copies, clusters --------------------------------------------------------------
+// The barriers order the copy engine and wgmma (async proxy), which needs no fence of wider scope;
+// `.release.cluster` would put a memory barrier of the whole card into every step.
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return (u32)__cvta_generic_to_shared(p);
+}
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(row), "r"(bar)
+      : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// ---- fragments from shared memory --------------------------------------------------------------
+__device__ __forceinline__ void ldmatrix(u32 (&r)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+__device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+// Address of 16-byte chunk `chunk` of a 128-byte row under the swizzle.
+__device__ __forceinline__ u32 swizzled(u32 base, int row, int chunk) { return base + row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// ---- qᵀ z of a warp ----------------------------------------------------------------------------
+// A warp takes 64 columns of z and adds up 16 ranks by 64 columns a tile: acc[tile][8 columns].
+constexpr int BOX_ROWS = 32, BOX_COLS = 64, BOX_BYTES = BOX_ROWS * BOX_COLS * 2;
+
+// qᵀ of 16 rows and 16 ranks, from rows of `ranks` at `address`.
+__device__ __forceinline__ void load_q(u32 (&a)[4], u32 address, int ranks, int lane) {
+  ldmatrix_transposed(a, address + (((lane >> 4) * 8 + (lane & 7)) * ranks + (lane >> 3 & 1) * 8) * 2);
+}
+
+// ---- dropout by bits ---------------------------------------------------------------------------
+// Drawing a mask costs more than reading it, so what reads one often takes it from memory, a bit an
+// element: keep[row][128 columns][4] words, of which word t has bit 2j + c for column 8j + 2t + c.
+// Those are the elements of thread t of a quad in accumulators of wgmma, and the halves of word t of
+// the Philox blocks.
+
+// The four words of 128 columns whose first Philox block is `block`.
+__device__ __forceinline__ void draw_bits(const Dropout& d, u64 block, u32 (&keep)[4]) {
+  u32 least = 0u - (d.threshold << 16);  // a draw in the high half that is added to this carries iff it is kept
+#pragma unroll
+  for (int t = 0; t < 4; ++t) keep[t] = 0;
+#pragma unroll 4
+  for (int j = 15; j >= 0; --j) {
+    Draws draws = philox(d, block + j);
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      asm("{\n.reg .u32 none;\nadd.cc.u32 none, %1, %2;\naddc.u32 %0, %0, %0;\n}" : "+r"(keep[t]) : "r"(draws.w[t]), "r"(least));
+      asm("{\n.reg .u32 none;\nadd.cc.u32 none, %1, %2;\naddc.u32 %0, %0, %0;\n}" : "+r"(keep[t]) : "r"(draws.w[t] << 16), "r"(least));
+    }
+  }
+}
+
+// Unit `unit` of the bits of a matrix [rows, cols]: 32 rows, one a lane, by 128 columns.
+__device__ __forceinline__ void store_bits(const Dropout& d, u32* keep, int unit, int rows, int cols, int lane) {
+  int groups = (cols + 127) / 128;
+  i64 row = (i64)(unit / groups) * 32 + lane;
+  if (row >= rows) return;
+  Vec bits;
+  draw_bits(d, ((u64)row * cols >> 3) + unit % groups * 16, bits.w);
+  *reinterpret_cast<Vec*>(keep + (row * groups + unit % groups) * 4) = bits;
+}
+
+// The bits of a warp's box of 64 columns, for the fragments of `add_across`.
+struct BoxBits {
+  u32 raw[8];  // 16 bits each: rows 2t, 2t + 1 and 8 on, of both halves of a box
+  __device__ __forceinline__ void load(const u32* keep, i64 row0, int rows, int cols, int col0, int lane) {
+    int groups = (cols + 127) / 128, g = lane >> 2, t = lane & 3;
+    const u32* at = keep + (row0 * groups + col0 / 128) * 4 + (g >> 1);
+#pragma unroll
+    for (int r = 0; r < 8; ++r) {
+      int row = (r >> 2) * 16 + (r >> 1 & 1) * 8 + 2 * t + (r & 1);
+      raw[r] = 0;
+      if (row0 + row < rows && col0 < cols) {
+        unsigned short half;
+        const void* from = reinterpret_cast<const unsigned short*>(at + (i64)row * groups * 4) + (col0 >> 6 & 1);
+        asm volatile("ld.global.u16 %0, [%1];" : "=h"(half) : "l"(from));
+        raw[r] = half;
+      }
+    }
+  }
+  // Rows 2t (low half) and 2t + 1 (high half) of 8 rows; bit 2j is for the thread's column of tile j.
+  __device__ __forceinline__ u32 pair(int i, int half, int lane) const {
+    return (raw[i * 4 + half * 2] | raw[i * 4 + half * 2 + 1] << 16) >> (lane >> 2 & 1);
+  }
+};
+
+__device__ __forceinline__ u32 masked(u32 two, u32 pair, int tile) { return two & ((pair >> (2 * tile) & 0x00010001u) * 0xffffu); }
+
+// ---- sums ----------------------------------------------------------------------------------------
+// Adds the 16 rows from row 16 * i of a box on.
+template <int TILES, bool MASKED = false>
+__device__ __forceinline__ void add_across(float (&acc)[TILES][8][4], const u32 (&a)[TILES][4], u32 box, int i, int lane, const BoxBits* bits = nullptr) {
+  u32 b[4][4];
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair)  // 16 columns
+    ldmatrix_transposed(b[pair], swizzled(box, i * 16 + (lane & 15), pair * 2 + (lane >> 4)));
+  if constexpr (MASKED) {
+    u32 low = bits->pair(i, 0, lane), high = bits->pair(i, 1, lane);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) b[pair][r] = masked(b[pair][r], r & 1 ? high : low, 2 * pair + (r >> 1));
+  }
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair)
+#pragma unroll
+    for (int j = 0; j < TILES; ++j) {
+      mma(acc[j][2 * pair], a[j][0], a[j][1], a[j][2], a[j][3], b[pair][0], b[pair][1]);
+      mma(acc[j][2 * pair + 1], a[j][0], a[j][1], a[j][2], a[j][3], b[pair][2], b[pair][3]);
+    }
+}
+
+// part[ranks, cols] = scale * acc, columns from col0 on.
+template <int TILES>
+__device__ __forceinline__ void store_across(const float (&acc)[TILES][8][4], float scale, float* part, int col0, int cols, int lane) {
+#pragma unroll
+  for (int j = 0; j < TILES; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        int rank = j * 16 + h * 8 + (lane >> 2), col = col0 + e * 8 + 2 * (lane & 3);
+        if (col < cols) *reinterpret_cast<float2*>(part + (i64)rank * cols + col) = make_float2(scale * acc[j][e][2 * h], scale * acc[j][e][2 * h + 1]);
+      }
+}

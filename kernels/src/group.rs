@@ -1,0 +1,343 @@
+//! Several linears that read one input: q, k and v, or gate and up.
+//!
+//! One pass over the input makes every S, one makes every gradient of A; the products of each linear
+//! stay its own, and so do its adapter and its names. S and dS of a group are matrices
+//! `[tokens, width]` in the dtype of the base, of which each member has [`Columns`] of its own:
+//! ```text
+//! forward:   shrink_group → S;  forward_from(S, columns) → y      for each member
+//! backward:  backward_from(dY, S, columns) → dx, dB, dS's columns  for each member;  outer_group(dS) → every dA
+//! ```
+//! Dropout on the input ([`Place::Pre`]) draws another mask for each member, so such members do not
+//! share a pass: they take [`Kernels::forward`] and [`Kernels::backward`].
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
+
+use crate::backward::InputGradient;
+use crate::dropout::{Dropout, Place};
+use crate::element::Element;
+use crate::error::{Error, Result, expect_size};
+use crate::gemm::Product;
+use crate::hopper::Parts;
+use crate::kernels::Kernels;
+use crate::launch::Launcher;
+use crate::linear::{LoraLinear, Packed};
+use crate::masking::Masking;
+use crate::pack::Source;
+use crate::path::Path;
+use crate::reduce::Sum;
+use crate::rows::{Rows, padded_rank};
+use crate::skinny::{RowsMut, Scales};
+use crate::sweep::Down;
+
+/// Where the members of a group stand in its S and dS.
+///
+/// ```
+/// use lora_kernels::GroupLayout;
+///
+/// let layout = GroupLayout::new(&[16, 8, 24])?;
+/// assert_eq!(layout.width(), 64);
+/// let offsets: Vec<usize> = layout.columns().iter().map(|c| c.offset()).collect();
+/// assert_eq!(offsets, [0, 16, 32]);
+/// # Ok::<(), lora_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupLayout {
+    columns: Vec<Columns>,
+    width: usize,
+}
+
+/// The columns of one member: `offset .. offset + rank` of `width`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Columns {
+    offset: usize,
+    rank: usize,
+    width: usize,
+}
+
+impl GroupLayout {
+    /// The layout of members with these ranks, in this order; each starts on a multiple of 16.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for no members, a rank of 0, or more than 1024 ranks (padded) in all.
+    pub fn new(ranks: &[usize]) -> Result<Self> {
+        let sum: usize = ranks.iter().map(|&rank| padded_rank(rank)).sum();
+        let width = padded_rank(sum);
+        if ranks.is_empty() || ranks.contains(&0) || width > 16 * Scales::LEN {
+            return Err(Error::Shape {
+                what: "ranks of a group",
+                expected: format!("1 or more each, up to {} in all", 16 * Scales::LEN),
+                found: format!("{ranks:?}"),
+            });
+        }
+        let mut offset = 0;
+        let columns = ranks
+            .iter()
+            .map(|&rank| {
+                let columns = Columns {
+                    offset,
+                    rank,
+                    width,
+                };
+                offset += padded_rank(rank);
+                columns
+            })
+            .collect();
+        Ok(Self { columns, width })
+    }
+
+    /// Width of S and dS: the padded ranks of all members, rounded up.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The columns of each member.
+    pub fn columns(&self) -> &[Columns] {
+        &self.columns
+    }
+}
+
+impl Columns {
+    /// The first column.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// Rank of the member; its columns are padded with zeros in S.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Width of the whole S.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    fn padded(&self) -> usize {
+        padded_rank(self.rank)
+    }
+
+    /// This member's part of a whole `[rows, width]`.
+    fn of<'a, T>(&self, whole: &'a CudaView<'a, T>, rows: usize) -> Result<Rows<'a, T>> {
+        expect_size("S or dS of the group", rows * self.width, whole.len())?;
+        Ok(Rows {
+            data: whole.slice(self.offset.min(whole.len())..),
+            rows,
+            cols: self.padded(),
+            stride: self.width,
+        })
+    }
+}
+
+/// The half of an adapter that reads the shared input.
+#[derive(Debug)]
+pub struct Member<'a, P> {
+    /// Adapter `[rank, in_features]`, packed.
+    pub a: CudaView<'a, P>,
+    /// Rank of the adapter.
+    pub rank: usize,
+    /// Factor of the adapter's product.
+    pub scaling: f32,
+}
+
+/// What [`Kernels::forward_from`] returns.
+#[derive(Debug)]
+pub struct Grouped<T> {
+    /// Output `[tokens, out_features]`, packed.
+    pub ys: CudaSlice<T>,
+    /// Kept for backward, besides S.
+    pub packed: Packed<T>,
+}
+
+impl Kernels {
+    /// S of all members, `[tokens, width]` of [`GroupLayout`]: `s_i · x A_iᵀ` in the columns of member
+    /// `i`, in one pass over `xs`.
+    ///
+    /// # Errors
+    /// Those of [`Kernels::forward`] and [`GroupLayout::new`].
+    pub fn shrink_group<T: Element, P: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        xs: &Rows<T>,
+        members: &[Member<P>],
+    ) -> Result<CudaSlice<T>> {
+        let ranks: Vec<usize> = members.iter().map(|member| member.rank).collect();
+        let layout = GroupLayout::new(&ranks)?;
+        xs.check("input")?;
+        let launcher = Launcher {
+            kernels: self,
+            stream,
+        };
+        let mut scales = Scales::all(1.0);
+        let mut sources = Vec::with_capacity(members.len());
+        for (member, columns) in members.iter().zip(layout.columns()) {
+            expect_size("adapter A", member.rank * xs.cols, member.a.len())?;
+            sources.push(Source::a_rows(&member.a, member.rank, xs.cols));
+            let end = columns.offset + columns.padded();
+            scales.set(columns.offset / 16..end / 16, member.scaling);
+        }
+        // The last member is padded up to the width.
+        if let (Some(source), Some(last)) = (sources.last_mut(), layout.columns().last()) {
+            source.packed_rows = layout.width - last.offset;
+        }
+        let mut s = launcher.alloc("the rank-sized products", xs.rows * layout.width)?;
+        let packed = launcher.pack::<T, P>(&sources)?;
+        let mut columns = RowsMut {
+            data: s.as_view_mut(),
+            cols: layout.width,
+            stride: layout.width,
+        };
+        launcher.shrink(xs, &packed.all(), &scales, None, &mut columns)?;
+        Ok(s)
+    }
+
+    /// [`Kernels::forward`] of the member with these `columns` of the group's `s`.
+    ///
+    /// # Errors
+    /// Those of [`Kernels::forward`], and [`Error::GroupedDropout`] for dropout on the input.
+    pub fn forward_from<T: Element, P: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        xs: &Rows<T>,
+        linear: &LoraLinear<T, P>,
+        s: &CudaView<T>,
+        columns: Columns,
+    ) -> Result<Grouped<T>> {
+        linear.check()?;
+        linear.check_input(xs)?;
+        linear.check_columns(columns)?;
+        let s = columns.of(s, xs.rows)?;
+        let launcher = Launcher {
+            kernels: self,
+            stream,
+        };
+        let mut ys = launcher.alloc("the output", xs.rows * linear.out_features)?;
+        let path = linear.path(&launcher, Product::Forward, xs);
+        let packed = linear.pack(&launcher, path != Path::Hopper)?;
+        launcher.output(xs, &s, linear, &packed, path, &mut ys)?;
+        Ok(Grouped { ys, packed })
+    }
+
+    /// Gradients of [`Kernels::forward_from`] with respect to the input, if wanted, and to B
+    /// `[out_features, rank]`; writes this member's columns of `ds`.
+    ///
+    /// The gradient of A follows from the whole `ds`, by [`Kernels::outer_group`].
+    ///
+    /// # Errors
+    /// Those of [`Kernels::forward_from`].
+    #[allow(clippy::too_many_arguments)] // the arguments of `backward` and the group's matrices
+    pub fn backward_from<T: Element, P: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        dys: &Rows<T>,
+        packed: &Packed<T>,
+        linear: &LoraLinear<T, P>,
+        (s, ds): (&CudaView<T>, &mut CudaViewMut<T>),
+        columns: Columns,
+        input: InputGradient,
+    ) -> Result<(Option<CudaSlice<T>>, CudaSlice<P>)> {
+        let rows = dys.rows;
+        linear.check()?;
+        linear.check_output_gradient(dys)?;
+        linear.check_columns(columns)?;
+        let s = columns.of(s, rows)?;
+        expect_size("dS of the group", rows * columns.width, ds.len())?;
+        let launcher = Launcher {
+            kernels: self,
+            stream,
+        };
+        let post = Dropout::at(linear.dropout, Place::Post);
+        let mut b = launcher.alloc("the gradient of B", linear.out_features * linear.rank)?;
+        let offset = columns.offset.min(ds.len());
+        let mut into = RowsMut {
+            data: ds.slice_mut(offset..),
+            cols: columns.padded(),
+            stride: columns.width,
+        };
+        let scales = Scales::all(linear.scaling);
+        let down = Down {
+            p: &packed.b_rows(),
+            scales: &scales,
+            s: &mut into,
+            bits: None,
+        };
+        let part = launcher.shrink_and_outer(dys, down, &s, post)?;
+        let ds = ds.as_view();
+        let ds = columns.of(&ds, rows)?;
+        let side = Some(&s).filter(|_| part.is_none() && post.is_none());
+        let side = launcher.side_work(dys, linear.in_features, side, None);
+        let (dxs, parts) = match input {
+            InputGradient::Wanted => {
+                let (dxs, parts) =
+                    launcher.input_gradient(dys, &ds, linear, packed, Masking::Off, side)?;
+                (Some(dxs), parts)
+            }
+            InputGradient::Skipped => (None, Parts::default()),
+        };
+        let part = match part.or(parts.b) {
+            Some(part) => part,
+            None => launcher.outer(dys, &s, Masking::drawn(post))?,
+        };
+        let sum = Sum {
+            partial: &part,
+            first_rank: 0,
+            rank: linear.rank,
+            transpose: true,
+            grad: &mut b.as_view_mut(),
+        };
+        launcher.reduce::<T, P>(&mut [sum], false)?;
+        Ok((dxs, b))
+    }
+
+    /// The gradients of every member's A, `[rank, in_features]` each, in one pass over `xs`; `ds` is
+    /// whole, `[tokens, width]`.
+    ///
+    /// # Errors
+    /// Those of [`Kernels::forward`].
+    pub fn outer_group<T: Element, P: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        xs: &Rows<T>,
+        ds: &CudaView<T>,
+        layout: &GroupLayout,
+    ) -> Result<Vec<CudaSlice<P>>> {
+        xs.check("input")?;
+        expect_size("dS of the group", xs.rows * layout.width, ds.len())?;
+        let launcher = Launcher {
+            kernels: self,
+            stream,
+        };
+        let mut grads = layout
+            .columns()
+            .iter()
+            .map(|columns| launcher.alloc("a gradient of A", columns.rank * xs.cols))
+            .collect::<Result<Vec<CudaSlice<P>>>>()?;
+        let ds = Rows::packed(ds.slice(..), xs.rows, layout.width);
+        let partial = launcher.outer(xs, &ds, Masking::Off)?;
+        let mut views: Vec<_> = grads.iter_mut().map(|grad| grad.as_view_mut()).collect();
+        let mut sums: Vec<_> = views
+            .iter_mut()
+            .zip(layout.columns())
+            .map(|(grad, columns)| Sum {
+                partial: &partial,
+                first_rank: columns.offset,
+                rank: columns.rank,
+                transpose: false,
+                grad,
+            })
+            .collect();
+        launcher.reduce::<T, P>(&mut sums, false)?;
+        Ok(grads)
+    }
+}
+
+impl<T: Element, P: Element> LoraLinear<'_, T, P> {
+    fn check_columns(&self, columns: Columns) -> Result<()> {
+        expect_size("rank of the member", self.rank, columns.rank)?;
+        match Dropout::at(self.dropout, Place::Pre) {
+            Some(_) => Err(Error::GroupedDropout),
+            None => Ok(()),
+        }
+    }
+}
