@@ -77,12 +77,14 @@ fn read(dir: &Path) -> Result<(AdapterWeights, Found, PathBuf)> {
     let Reading {
         weights,
         incomplete,
+        base,
         problems,
         file,
     } = Reading::of(dir)?;
     let found = Found {
         problems,
         incomplete,
+        base,
     };
     Ok((weights, found, file))
 }

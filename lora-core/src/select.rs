@@ -144,8 +144,7 @@ fn unmatched<M: LoraTargets>(pattern: &str, sites: &[Site]) -> String {
     } else {
         let mut nearest = Nearest::new(pattern);
         sites.iter().for_each(|site| nearest.offer(&site.path));
-        let message = nearest.message(&format!("this {model}"));
-        message.as_str().to_string()
+        nearest.message("this ", &model).as_str().to_string()
     };
     if pattern.eq_ignore_ascii_case("all-linear") {
         message += "; in a list it is a name: give it alone, or set match_all_linear";

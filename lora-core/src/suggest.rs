@@ -60,7 +60,7 @@ pub const fn check_target(tree: &TargetTree, model: &str, pattern: &str) {
 pub const fn no_match(tree: &TargetTree, model: &str, pattern: &str) -> Message {
     let mut nearest = Nearest::new(pattern);
     nearest.offer_tree(tree, Path::ROOT);
-    nearest.message(model)
+    nearest.message("", model)
 }
 
 /// Those of `names` that come nearest to `name`, for a sentence.
@@ -94,10 +94,12 @@ impl<'a> Nearest<'a> {
         self.offer_path(Path::ROOT.join(path));
     }
 
-    /// The sentence.
-    pub const fn message(&self, model: &str) -> Message {
+    /// The sentence; `which` stands before the model's name.
+    pub const fn message(&self, which: &str, model: &str) -> Message {
         let mut message = Message::new();
-        message.push("no linear layer of `");
+        message.push("no linear layer of ");
+        message.push(which);
+        message.push("`");
         message.push(model);
         message.push("` matches `");
         message.push(self.pattern);

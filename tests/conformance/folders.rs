@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use lora_core::{LoraTargets, adapter::AdapterWeights};
 use lora_tests::{relative_error, to_vec};
 
-use crate::support::{folders, golden, json, open};
+use crate::support::{folders, golden, json, open, tensors};
 
 /// Both hold the same matrices, and they act the same.
 fn assert_same(kind: &str, got: &AdapterWeights, want: &AdapterWeights, bound: f64) {
@@ -69,6 +69,35 @@ fn a_saved_base_weight_of_an_adapted_head_is_no_adapter() {
         .unwrap();
     let sites: Vec<_> = report.sites.iter().map(|site| &site.path[..]).collect();
     assert_eq!(sites, ["lm_head"]);
+    let key = "base_model.model.lm_head.base_layer.weight";
+    assert!(report.notes.iter().any(|note| note.contains(key)));
+
+    // The model's head must be the one that the adapter was made for.
+    let dir = tempfile::tempdir().unwrap();
+    let folder = golden("folders/read/head_base_saved");
+    let mut tensors = tensors("folders/read/head_base_saved/adapter_model.safetensors");
+    let other = (&tensors[key] + 1.0).unwrap();
+    tensors.insert(key.into(), other);
+    let [config, weights] = ["adapter_config.json", "adapter_model.safetensors"];
+    std::fs::copy(folder.join(config), dir.path().join(config)).unwrap();
+    candle_core::safetensors::save(&tensors, dir.path().join(weights)).unwrap();
+    let error = open("untied").load_adapter(dir.path()).unwrap_err();
+    assert!(error.to_string().contains("another base"), "{error}");
+    let adapter = AdapterWeights::read(dir.path()).unwrap();
+    open("untied").import_adapter("default", &adapter).unwrap();
+}
+
+/// PEFT writes them beside the module's own, which are what counts.
+#[test]
+fn biases_inside_a_saved_module_are_read_once() {
+    let folder = golden("settings/classifier/head_bias_all");
+    let adapter = AdapterWeights::read(&folder).unwrap();
+    let inner = |key: &&String| key.contains("module");
+    assert_eq!(adapter.saved.keys().find(inner), None);
+    for (note, count) in [("is a copy of", 2), ("that the adapter replaces", 2)] {
+        let notes = adapter.notes.iter().filter(|text| text.contains(note));
+        assert_eq!(notes.count(), count, "{note}");
+    }
 }
 
 #[test]

@@ -68,7 +68,7 @@ impl Case {
                 })
             })
             .collect();
-        assert_eq!(cases.len(), 26);
+        assert_eq!(cases.len(), 27);
         cases
     }
 

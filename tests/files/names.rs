@@ -67,15 +67,11 @@ fn tensors_of_other_kinds_of_adapter_are_refused_by_name() {
             "trained tokens",
         ),
         (
-            "base_model.model.embed.base_layer.weight",
-            "save_embedding_layers=False",
-        ),
-        (
             "base_model.model.experts.base_layer.lora_A.weight",
             "target_parameters",
         ),
         (
-            "base_model.model.head.original_module.weight",
+            "base_model.model.head.original_module.lora_A.weight",
             "frozen original",
         ),
         ("base_model.model.q_proj.lora_A.bias", "neither"),
@@ -209,4 +205,53 @@ fn modules_to_save_are_known_by_the_end_of_their_path() {
     let saved: Vec<_> = adapter.saved.keys().map(String::as_str).collect();
     assert_eq!(saved, ["head.dense.weight", "lm_head.weight", "x.weight"]);
     assert_eq!(adapter.notes, ["modules_to_save: `none` has no tensors"]);
+}
+
+#[test]
+fn tensors_of_the_base_are_noted_and_left_out() {
+    let mut tensors = q_proj();
+    for key in [
+        "base_model.model.lm_head.base_layer.weight",
+        "base_model.model.head.original_module.weight",
+        "base_model.model.head.original_module.dense.bias",
+    ] {
+        tensors.insert(key.into(), randn(1, (2, 2), DType::F32));
+    }
+    let adapter = read(&config(json!({})), &tensors).unwrap();
+    assert!(adapter.saved.is_empty());
+    assert_eq!(
+        adapter.notes,
+        [
+            "`base_model.model.head.original_module.dense.bias` is of the base, in a module that \
+             the adapter replaces",
+            "`base_model.model.head.original_module.weight` is of the base, in a module that the \
+             adapter replaces",
+            "`base_model.model.lm_head.base_layer.weight` is a weight of the base",
+        ]
+    );
+}
+
+#[test]
+fn a_saved_tensor_may_stand_in_a_file_twice_but_not_differ() {
+    for (copy, name) in [
+        ("head.modules_to_save.bias", "head.bias"),
+        ("head.modules_to_save.default.bias", "head.bias"),
+        ("head.modules_to_save.default.dense.bias", "head.dense.bias"),
+    ] {
+        let [copy_key, key] = [copy, name].map(|name| format!("base_model.model.{name}"));
+        let mut tensors = q_proj();
+        for key in [&copy_key, &key] {
+            tensors.insert(key.clone(), randn(1, 3, DType::F32));
+        }
+        let fields = config(json!({"bias": "all", "modules_to_save": ["head"]}));
+        let adapter = read(&fields, &tensors).unwrap();
+        assert_eq!(adapter.saved.keys().collect::<Vec<_>>(), [name]);
+        assert_eq!(adapter.notes.len(), 1, "{:?}", adapter.notes);
+        assert!(adapter.notes[0].contains("is a copy of"));
+        tensors.insert(copy_key.clone(), randn(2, 3, DType::F32));
+        assert_says(
+            &refusal(&fields, &tensors),
+            &[&copy_key, &key, "but differ"],
+        );
+    }
 }

@@ -64,6 +64,7 @@ CASES = {
     "classifier": {
         "pooler_saved": dict(r=2, lora_alpha=3, target_modules=QV, task_type="SEQ_CLS", modules_to_save=["pooler"]),
         "head": dict(r=2, lora_alpha=3, target_modules=QV, task_type="SEQ_CLS"),
+        "head_bias_all": dict(r=2, lora_alpha=3, target_modules=["query"], task_type="SEQ_CLS", bias="all", modules_to_save=["pooler"]),
         "head_bias_rslora": dict(r=4, lora_alpha=6, target_modules=QV, task_type="SEQ_CLS", bias="lora_only", use_rslora=True),
         "all_linear": dict(r=2, lora_alpha=3, target_modules="all-linear", task_type="SEQ_CLS"),
     },

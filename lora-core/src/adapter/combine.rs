@@ -399,7 +399,7 @@ fn frame(adapters: &[(&AdapterWeights, f64)]) -> Result<AdapterWeights> {
     Ok(frame)
 }
 
-fn is_equal(one: &Tensor, other: &Tensor) -> candle_core::Result<bool> {
+pub(super) fn is_equal(one: &Tensor, other: &Tensor) -> candle_core::Result<bool> {
     if one.dims() != other.dims() || one.dtype() != other.dtype() {
         return Ok(false);
     }

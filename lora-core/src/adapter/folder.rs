@@ -14,11 +14,13 @@ pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
 pub(super) const AUTOMODEL: &str = "automodel_peft_config.json";
 
 /// The files that may hold the tensors, the one that is preferred first.
-const HOLDERS: [&str; 4] = [
+const HOLDERS: [&str; 5] = [
     WEIGHTS,
     "adapter_model.safetensors.index.json",
     "adapter_model.bin",
     "adapter_model.bin.index.json",
+    // So transformers' own save_pretrained calls it, for an adapter as for a model.
+    "model.safetensors.index.json",
 ];
 
 /// Where an adapter's configuration and tensors are.

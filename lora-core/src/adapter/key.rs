@@ -39,6 +39,11 @@ pub(super) enum Key {
     },
     /// A whole tensor, `<module path>.<parameter>`.
     Saved(String),
+    /// The frozen weight of an adapted layer, `<module path>.weight`: PEFT adds that of an output
+    /// head.
+    Base(String),
+    /// A tensor of the module that one of `modules_to_save` stands for: PEFT's `bias` adds it.
+    Original,
 }
 
 /// Reads a name, or says why it is none that an adapter of linear layers has.
@@ -86,6 +91,9 @@ pub(super) fn parse(key: &str) -> Result<Key, String> {
                 .into(),
         );
     }
+    if segments.contains(&"original_module") {
+        return Err("adapts the frozen original of a module to save".into());
+    }
     Ok(Key::Lora {
         path: segments.join("."),
         part,
@@ -95,26 +103,34 @@ pub(super) fn parse(key: &str) -> Result<Key, String> {
 
 /// A whole tensor's name without what PEFT's wrappers put into it.
 fn saved(mut segments: Vec<&str>) -> Result<Key, String> {
+    if segments.contains(&"original_module") {
+        return Ok(Key::Original);
+    }
     if let Some(at) = segments
         .iter()
         .position(|segment| *segment == "modules_to_save")
-        && segments.len() > at + 2
+        && segments.len() > at + 1
     {
-        // `<module>.modules_to_save.<adapter>.<parameter>`
-        segments.drain(at..at + 2);
+        // `<module>.modules_to_save.<adapter>.<parameter>`; the name may have been left out.
+        let named = segments.len() > at + 2;
+        segments.drain(at..=at + usize::from(named));
     }
-    if let [.., "base_layer", parameter] = segments.as_slice() {
-        if *parameter != "bias" {
-            return Err(
-                "is a weight of the base; save the adapter with save_embedding_layers=False".into(),
-            );
-        }
+    let is_base = match segments.as_slice() {
+        [.., "base_layer", "bias"] => Some(false), // trained, by PEFT's `bias`
+        [.., "base_layer", "weight"] => Some(true),
+        _ => None,
+    };
+    if is_base.is_some() {
         segments.remove(segments.len() - 2);
     }
     if segments.len() < 2 {
         return Err("names no parameter of a module".into());
     }
-    Ok(Key::Saved(segments.join(".")))
+    let name = segments.join(".");
+    Ok(match is_base {
+        Some(true) => Key::Base(name),
+        _ => Key::Saved(name),
+    })
 }
 
 /// Why a tensor belongs to another kind of adapter.
@@ -129,7 +145,6 @@ fn foreign(segments: &[&str]) -> Option<&'static str> {
         "token_adapter" | "trainable_tokens_delta" => {
             Some("holds trained tokens (trainable_token_indices), which are not supported")
         }
-        "original_module" => Some("is the frozen original of a module to save"),
         _ => None,
     })
 }

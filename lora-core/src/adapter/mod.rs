@@ -18,6 +18,7 @@ mod json;
 mod key;
 mod layer;
 mod matrix;
+mod names;
 mod pattern;
 mod pickle;
 mod product;

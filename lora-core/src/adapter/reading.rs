@@ -9,14 +9,16 @@ use candle_core::{DType, Tensor};
 
 use super::{
     AdapterWeights, LayerWeights,
+    combine::is_equal,
     entry::{Entry, is_finite},
-    fingerprint::METADATA_KEY,
+    fingerprint::{Fingerprint, METADATA_KEY},
     folder::Folder,
-    key::{self, Key, PREFIX, Part},
+    key::{self, PREFIX, Part},
+    names::{Names, Parts},
     settings::Settings,
     tensors::{Tensors, read_text},
 };
-use crate::{BiasMode, Error, Result};
+use crate::{Error, Result};
 
 /// What a folder holds, and what is wrong with it.
 ///
@@ -27,14 +29,13 @@ pub(crate) struct Reading {
     pub weights: AdapterWeights,
     /// The paths of layers of which some tensor is missing or wrong.
     pub incomplete: BTreeSet<String>,
+    /// Of weights of the base that the file has too, by `<module path>.<parameter>`.
+    pub base: BTreeMap<String, Fingerprint>,
     /// One line for each thing that is wrong.
     pub problems: Vec<String>,
     /// The file that holds the tensors.
     pub file: PathBuf,
 }
-
-/// The names in the file of a layer's tensors.
-type Parts = BTreeMap<Part, String>;
 
 impl Reading {
     /// Reads a folder, or a weights file that stands in one.
@@ -57,6 +58,7 @@ impl Reading {
                 ..AdapterWeights::default()
             },
             incomplete: BTreeSet::new(),
+            base: BTreeMap::new(),
             problems: Vec::new(),
             file: folder.weights,
         };
@@ -69,8 +71,10 @@ impl Reading {
                     .push(format!("{METADATA_KEY}: {problem}")),
             }
         }
-        let (layers, saved) = reading.sorted(&tensors, &settings);
-        for (path, parts) in layers {
+        let names = Names::of(tensors.names(), &settings);
+        reading.problems.extend(names.problems);
+        reading.weights.notes.extend(names.notes);
+        for (path, parts) in names.layers {
             match reading.layer(&path, &parts, &mut tensors, &settings) {
                 Some(layer) => {
                     reading.weights.layers.insert(path, layer);
@@ -80,9 +84,14 @@ impl Reading {
                 }
             }
         }
-        for (name, key) in saved {
-            if let Some(tensor) = reading.tensor(&key, &mut tensors) {
+        for (name, keys) in names.saved {
+            if let Some(tensor) = reading.saved(&keys, &mut tensors) {
                 reading.weights.saved.insert(name, tensor);
+            }
+        }
+        for (name, key) in names.base {
+            if let Some(fingerprint) = reading.base_weight(&name, &key, &mut tensors) {
+                reading.base.insert(name, fingerprint);
             }
         }
         if reading.weights.layers.is_empty() && reading.problems.is_empty() {
@@ -103,57 +112,6 @@ impl Reading {
             file: self.file,
             problems: self.problems,
         })
-    }
-
-    /// Sorts the names by layer, and those of whole tensors apart.
-    fn sorted(
-        &mut self,
-        tensors: &Tensors,
-        settings: &Settings,
-    ) -> (BTreeMap<String, Parts>, BTreeMap<String, String>) {
-        let (mut layers, mut saved) = (BTreeMap::<String, Parts>::new(), BTreeMap::new());
-        let mut adapters = BTreeSet::new();
-        for name in tensors.names() {
-            let twin = match key::parse(name) {
-                Ok(Key::Lora {
-                    path,
-                    part,
-                    adapter,
-                }) => {
-                    adapters.extend(adapter);
-                    layers
-                        .entry(path)
-                        .or_default()
-                        .insert(part, name.to_string())
-                }
-                Ok(Key::Saved(path)) => {
-                    if !is_called_for(&path, settings) {
-                        self.problems.push(format!(
-                            "`{name}` is not `{PREFIX}<layer>.lora_A.weight` or `.lora_B.weight`, \
-                             and neither modules_to_save nor bias calls for it"
-                        ));
-                        continue;
-                    }
-                    saved.insert(path, name.to_string())
-                }
-                Err(reason) => {
-                    self.problems.push(format!("`{name}` {reason}"));
-                    None
-                }
-            };
-            if let Some(twin) = twin {
-                self.problems
-                    .push(format!("`{name}` and `{twin}` are the same tensor"));
-            }
-        }
-        if adapters.len() > 1 {
-            let names: Vec<_> = adapters.into_iter().collect();
-            self.problems.push(format!(
-                "holds tensors of several adapters: {}; save each in its own folder",
-                names.join(", ")
-            ));
-        }
-        (layers, saved)
     }
 
     /// The adapter of one layer, if all its tensors are right.
@@ -294,6 +252,37 @@ impl Reading {
             .ok()
     }
 
+    /// Reads a whole tensor, which may stand in the file more than once.
+    fn saved(&mut self, keys: &[String], tensors: &mut Tensors) -> Option<Tensor> {
+        let (first, copies) = keys.split_first()?;
+        let tensor = self.tensor(first, tensors)?;
+        for copy in copies {
+            match is_equal(&self.tensor(copy, tensors)?, &tensor) {
+                Ok(true) => self
+                    .weights
+                    .notes
+                    .push(format!("`{copy}` is a copy of `{first}`")),
+                Ok(false) => self.problems.push(format!(
+                    "`{first}` and `{copy}` are the same tensor, but differ"
+                )),
+                Err(error) => self.problems.push(format!("`{copy}`: {error}")),
+            }
+        }
+        Some(tensor)
+    }
+
+    /// The fingerprint of a weight of the base, if it can be told.
+    fn base_weight(&mut self, name: &str, key: &str, tensors: &mut Tensors) -> Option<Fingerprint> {
+        let tensor = self.tensor(key, tensors)?;
+        // What f16 made of a base can't be told from another base.
+        if tensor.dtype() == DType::F16 {
+            return None;
+        }
+        Fingerprint::of([(name, &tensor)])
+            .map_err(|error| self.problems.push(error.to_string()))
+            .ok()
+    }
+
     /// Notes what the configuration names and the tensors lack.
     fn note_unused(&mut self, settings: &Settings) {
         let layers = &self.weights.layers;
@@ -345,13 +334,4 @@ fn settings(folder: &Folder) -> Result<Settings> {
             .map_err(|found| problems(file, found))?;
     }
     Ok(settings)
-}
-
-/// Whether the configuration says that the whole tensor `name` was trained.
-fn is_called_for(name: &str, settings: &Settings) -> bool {
-    settings.bias != BiasMode::None && name.ends_with(".bias")
-        || settings
-            .modules_to_save
-            .iter()
-            .any(|entry| key::is_saved_by(name, entry))
 }

@@ -1,6 +1,6 @@
 //! An adapter into a model.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use candle_core::{DType, Tensor};
 
@@ -31,6 +31,8 @@ pub(crate) struct Found {
     pub problems: Vec<String>,
     /// Layers that the folder has, though not whole.
     pub incomplete: BTreeSet<String>,
+    /// Of weights of the base that stand in the folder, by `<module path>.<parameter>`.
+    pub base: BTreeMap<String, Fingerprint>,
 }
 
 /// Adds an adapter, or says everything that is wrong with it.
@@ -99,6 +101,12 @@ fn addition<M: LoraTargets>(
         });
         problems.extend(added.err());
     }
+    for (key, fingerprint) in &found.base {
+        match parameter(survey, key) {
+            Ok(ours) => problems.extend(other_weight(ours, key, fingerprint)?),
+            Err(problem) => problems.push(problem),
+        }
+    }
     problems.extend(unpaired(&addition, survey, weights.bias));
     let nothing = addition.loras.is_empty() && addition.trained.is_empty();
     if nothing && addition.parameters.is_empty() && problems.is_empty() {
@@ -140,6 +148,21 @@ pub(super) fn other_base(survey: &Survey, weights: &AdapterWeights) -> Result<Op
             "it was trained on another base, whose fingerprint is {theirs}; this one's is {ours}. \
              To use it all the same, `AdapterWeights::read` it, clear `origin.fingerprint` and \
              import it"
+        )
+    }))
+}
+
+/// Says that a weight of the base, which stands in an adapter's file, is another in the model.
+fn other_weight(ours: &Parameter, key: &str, theirs: &Fingerprint) -> Result<Option<String>> {
+    // As for the whole base.
+    if ours.tensor.dtype() == DType::F16 {
+        return Ok(None);
+    }
+    let same = Fingerprint::of([(key, &ours.tensor)])? == *theirs;
+    Ok((!same).then(|| {
+        format!(
+            "`{key}` of the base is in the file, and the model's is another: it was trained on \
+             another base. To use it all the same, `AdapterWeights::read` it and import it"
         )
     }))
 }
@@ -207,7 +230,7 @@ fn unknown_layer<M: LoraTargets>(path: &str, survey: &Survey) -> String {
         .sites
         .iter()
         .for_each(|site| nearest.offer(&site.path));
-    nearest.message(&type_name::<M>()).as_str().to_string()
+    nearest.message("", &type_name::<M>()).as_str().to_string()
 }
 
 /// The parameter that a key names.
