@@ -114,7 +114,7 @@ fn run(args: Args) -> Result<ExitCode> {
 }
 
 /// `NAME=PATH`, or a path of the adapter `default`.
-fn named(argument: &String) -> (&str, &str) {
+fn named(argument: &str) -> (&str, &str) {
     argument.split_once('=').unwrap_or(("default", argument))
 }
 

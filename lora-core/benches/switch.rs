@@ -3,10 +3,16 @@
 //!
 //! `cargo bench -p lora-core --bench switch`
 
-use std::{fs, hint::black_box, time::Instant};
+use std::{alloc::System, error::Error, fs, hint::black_box, time::Instant};
 
-use candle_core::{DType, Device, Module, Result, Tensor};
+use candle_core::{DType, Device, Module, Tensor};
+use cap::Cap;
 use lora_core::{LoraTargets, PeftConfig, Selection, nn::Linear};
+
+#[global_allocator]
+static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
+
+type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
 const LAYERS: usize = 200;
 const WIDTH: usize = 256;
@@ -19,13 +25,13 @@ struct Model {
 }
 
 impl Module for Model {
-    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
         let mut layers = self.layers.iter();
         layers.try_fold(xs.clone(), |xs, layer| layer.forward(&xs)?.tanh())
     }
 }
 
-fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<()> {
     let dev = Device::Cpu;
     let layer = |_| {
         Ok(Linear::new(
@@ -39,7 +45,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let config = PeftConfig::all_linear().dim(RANK);
     // Once before, so that what threads keep for good does not count.
     model.add_adapter("first", &config)?;
-    model.forward(&xs)?;
+    Selection::none().scope(|| model.forward(&xs))?;
     model.remove_adapters()?;
 
     let numbers = ADAPTERS * LAYERS * 2 * RANK * WIDTH;
@@ -47,12 +53,12 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         "{ADAPTERS} adapters of rank {RANK} on {LAYERS} layers of {WIDTH} x {WIDTH}, f32: {:.0} MiB",
         (numbers * DType::F32.size_in_bytes()) as f64 / MIB,
     );
-    let before = resident()?;
+    let before = Memory::now()?;
     let names: Vec<String> = (0..ADAPTERS).map(|i| format!("adapter-{i}")).collect();
     for name in &names {
         model.add_adapter(name, &config)?;
     }
-    let loaded = resident()?;
+    let loaded = Memory::now()?;
 
     let adapters = model.adapters()?;
     let selections: Vec<Selection> = names
@@ -89,8 +95,25 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         "forward of one token: {many:.0} µs, switching among {ADAPTERS}; {one:.0} µs with one loaded"
     );
     model.remove_adapters()?;
-    let after = resident()?;
-    println!("resident: {before:.1} MiB before, {loaded:.1} MiB with, {after:.1} MiB after drop");
+    drop((adapters, selections));
+    let after = Memory::now()?;
+    for name in &names {
+        model.add_adapter(name, &config)?;
+    }
+    let again = Memory::now()?;
+    println!("memory, MiB       before    with   after drop   with others");
+    for (name, of) in [
+        ("allocated", Memory::allocated as fn(&Memory) -> f64),
+        ("resident", Memory::resident),
+    ] {
+        println!(
+            "  {name:<12} {:>10.1} {:>7.1} {:>12.1} {:>13.1}",
+            of(&before),
+            of(&loaded),
+            of(&after),
+            of(&again),
+        );
+    }
     Ok(())
 }
 
@@ -98,9 +121,7 @@ const ROUNDS: usize = 1001;
 const MIB: f64 = 1024.0 * 1024.0;
 
 /// The median time of `run`, in microseconds.
-fn median(
-    mut run: impl FnMut(usize) -> std::result::Result<(), Box<dyn std::error::Error>>,
-) -> std::result::Result<f64, Box<dyn std::error::Error>> {
+fn median(mut run: impl FnMut(usize) -> Result<()>) -> Result<f64> {
     let mut times = Vec::with_capacity(ROUNDS);
     for i in 0..ROUNDS {
         let start = Instant::now();
@@ -111,12 +132,29 @@ fn median(
     Ok(times[ROUNDS / 2])
 }
 
-/// The resident memory of this process, in MiB; zero where the system does not say.
-fn resident() -> std::io::Result<f64> {
-    let Ok(status) = fs::read_to_string("/proc/self/status") else {
-        return Ok(0.0);
-    };
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
-    Ok(kib.unwrap_or(0.0) / 1024.0)
+/// The memory of this process, in MiB.
+struct Memory {
+    allocated: f64,
+    /// Zero where the system does not say.
+    resident: f64,
+}
+
+impl Memory {
+    fn now() -> Result<Self> {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.split_whitespace().next());
+        Ok(Self {
+            allocated: ALLOCATOR.allocated() as f64 / MIB,
+            resident: kib.map_or(Ok(0.0), str::parse::<f64>)? / 1024.0,
+        })
+    }
+
+    fn allocated(&self) -> f64 {
+        self.allocated
+    }
+
+    fn resident(&self) -> f64 {
+        self.resident
+    }
 }

@@ -99,10 +99,12 @@ impl Case {
 
     /// Of the output and the input's gradient, and of the adapter's gradients.
     fn tolerances(&self) -> [f64; 4] {
-        let of = |dtype| match dtype {
-            DType::F32 => 1e-5,
-            DType::F16 => 2e-3,
-            _ => 1e-2,
+        let of = |dtype| -> f64 {
+            match dtype {
+                DType::F32 => 1e-5,
+                DType::F16 => 2e-3,
+                _ => 1e-2,
+            }
         };
         let (base, adapter) = (of(self.base), of(self.base).max(of(self.adapter)));
         [base, base, adapter, adapter]

@@ -15,7 +15,7 @@ const PATH: &str = "model.layers.0.q_proj";
 fn one(rank: usize, alpha: f64, seed: u32) -> AdapterWeights {
     let mut layer = layer(rank, alpha, seed);
     layer.rslora = seed.is_multiple_of(2);
-    layer.bias = (seed % 3 == 0).then(|| randn(seed, 4, DType::F32));
+    layer.bias = seed.is_multiple_of(3).then(|| randn(seed, 4, DType::F32));
     adapter([(PATH, layer)])
 }
 

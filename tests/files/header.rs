@@ -102,7 +102,7 @@ fn sizes_that_overflow_or_contradict_their_place_are_refused() {
 
 #[test]
 fn a_header_that_isnt_one_is_refused() {
-    let many_axes = format!("[{}]", vec!["1"; 9].join(","));
+    let many_axes = format!("[{}]", ["1"; 9].join(","));
     for (header, part) in [
         (String::new(), "broken"),
         ("[]".into(), "broken"),

@@ -94,15 +94,16 @@ impl Reading {
                 reading.base.insert(name, fingerprint);
             }
         }
+        if reading.weights.layers.is_empty() && reading.problems.is_empty() {
+            let problem = "holds no `lora_A` and `lora_B`";
+            reading.problems.push(problem.into());
+        }
         reading.note_unused(&settings);
         Ok(reading)
     }
 
     /// The adapter, if nothing is wrong with it.
     pub fn finish(mut self) -> Result<AdapterWeights> {
-        if self.weights.layers.is_empty() && self.problems.is_empty() {
-            self.problems.push("holds no `lora_A` and `lora_B`".into());
-        }
         if self.problems.is_empty() {
             return Ok(self.weights);
         }
