@@ -76,11 +76,11 @@ fn run(args: Args) -> Result<ExitCode> {
     let mut model = AnyModel::open(&args.model, DType::F32, &dev)?;
 
     let mut names = Vec::new();
-    for (name, dir) in args.adapter.iter().map(named) {
+    for (name, dir) in args.adapter.iter().map(|argument| named(argument)) {
         model.load_adapter_as(name, dir)?;
         names.push(name);
     }
-    for (name, file) in args.train.iter().map(named) {
+    for (name, file) in args.train.iter().map(|argument| named(argument)) {
         model.add_adapter(name, &read_config(Path::new(file))?)?;
         model.set_adapter(name)?;
         train(&mut model, ids, mask)?;
