@@ -60,7 +60,7 @@ struct Args {
 }
 
 const STEPS: usize = 3;
-const LEARNING_RATE: f64 = 0.05;
+const LEARNING_RATE: f64 = 0.02;
 
 fn main() -> ExitCode {
     cli::exit(run(Args::parse()))

@@ -3,7 +3,8 @@
 
     pip install -r tests/golden/requirements.txt
     cargo build --release -p lora-examples --example forward
-    python tests/python/live_check.py target/release/examples/forward [--only WORD] [--keep DIR]
+    python tests/python/live_check.py target/release/examples/forward [--only WORD]
+        [--keep DIR] [--bert DIR]
 
 For tiny random models of the Llama family and of BERT, and for every setting of LoRA on linear
 layers: PEFT trains an adapter for a few steps and saves it, the program loads it and runs the
@@ -103,11 +104,24 @@ def our_config(family, fields):
 class Family:
     """A base model in a folder, token ids for it, and both programs to run it."""
 
-    def __init__(self, name, program, work):
+    def __init__(self, name, program, work, model=None):
         self.name, self.program, self.work = name, program, work
         self.model_class, config, self.task = FAMILIES[name]
-        self.dir = work / name.replace(" ", "_")
+        self.title = model.name if model else name
+        self.dir = work / self.title.replace(" ", "_")
+        self.model = model or self.dir
         torch.manual_seed(len(name))
+        if model:
+            self.dir.mkdir()
+        else:
+            self.write_model(config)
+        self.inputs = {"input_ids": torch.randint(3, config.vocab_size, (4, 9))}
+        if name != "llama":
+            self.inputs["attention_mask"] = torch.ones(4, 9, dtype=torch.int64)
+            self.inputs["attention_mask"][1:3, -3:] = 0
+        save_file(self.inputs, self.dir / "inputs.safetensors")
+
+    def write_model(self, config):
         model = self.model_class.from_config(copy.deepcopy(config))
         with torch.no_grad():
             for key, p in model.named_parameters():
@@ -116,14 +130,9 @@ class Family:
                 elif key.endswith("bias"):
                     p.normal_(std=0.3)
         model.save_pretrained(self.dir)
-        self.inputs = {"input_ids": torch.randint(3, config.vocab_size, (4, 9))}
-        if name != "llama":
-            self.inputs["attention_mask"] = torch.ones(4, 9, dtype=torch.int64)
-            self.inputs["attention_mask"][1:3, -3:] = 0
-        save_file(self.inputs, self.dir / "inputs.safetensors")
 
     def base(self):
-        return self.model_class.from_pretrained(self.dir, dtype=torch.float32).eval()
+        return self.model_class.from_pretrained(self.model, dtype=torch.float32).eval()
 
     def config(self, fields):
         return LoraConfig(task_type=self.task, **copy.deepcopy(fields))
@@ -134,7 +143,7 @@ class Family:
 
     def train(self, model):
         """A few steps, so that B is not zero and what is saved with it has moved."""
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
         for _ in range(3):
             optimizer.zero_grad()
             model(**self.inputs)[0].square().mean().backward()
@@ -144,7 +153,7 @@ class Family:
         """What the program computes."""
         out = self.work / "out.safetensors"
         out.unlink(missing_ok=True)
-        fixed = ["--model", self.dir, "--inputs", self.dir / "inputs.safetensors", "--out", out]
+        fixed = ["--model", self.model, "--inputs", self.dir / "inputs.safetensors", "--out", out]
         done = subprocess.run([self.program, *fixed, *arguments], capture_output=True, text=True)
         if done.returncode != 0:
             raise Differs((done.stderr or done.stdout).strip())
@@ -277,6 +286,7 @@ def main():
     p.add_argument("program", type=Path, help="the example `forward`")
     p.add_argument("--only", default="", help="run the checks whose name has this in it")
     p.add_argument("--keep", type=Path, help="leave the models and adapters here")
+    p.add_argument("--bert", type=Path, help="a BERT encoder's folder, to run the checks of BERT on as well")
     args = p.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -285,18 +295,20 @@ def main():
     failures = []
     with contextlib.ExitStack() as stack:
         work = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for name in FAMILIES:
-            family = Family(name, args.program.resolve(), work)
+        models = [(name, None) for name in FAMILIES] + ([("bert", args.bert.absolute())] if args.bert else [])
+        for name, model in models:
+            family = Family(name, args.program.resolve(), work, model)
             for i, (check, *directions) in enumerate(checks(family)):
-                if args.only not in f"{name}, {check}":
+                title = f"{family.title}, {check}"
+                if args.only not in title:
                     continue
                 cells = []
                 for direction, run in zip(("from_peft", "to_peft"), directions):
                     cell, failure = outcome(run, family.dir / f"{direction}-{i}")
                     cells.append(cell)
                     if failure:
-                        failures.append(f"{name}, {check}, {direction}: {failure}")
-                print(f"| {name} | {check} | {cells[0]} | {cells[1]} |", flush=True)
+                        failures.append(f"{title}, {direction}: {failure}")
+                print(f"| {family.title} | {check} | {cells[0]} | {cells[1]} |", flush=True)
     if failures:
         sys.exit("\n".join(failures))
 
