@@ -145,7 +145,12 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
                 (1, 0, 1),
                 (1, 1, 0),
             ] {
-                if down == 0 || ranks as usize <= sweep::both(dropout == 1) {
+                let most = match (down, bits) {
+                    (0, _) => sweep::ONE,
+                    (_, 1) => sweep::DRAWING,
+                    _ => sweep::both(dropout == 1),
+                };
+                if ranks as usize <= most {
                     let options = [("DROPOUT", dropout), ("RT", ranks)];
                     let products = [("DOWN", down), ("BITS", bits)];
                     all.push((Kernel::Sweep, [base, options, products].concat()));

@@ -20,7 +20,7 @@ constexpr int CLUSTER = 2;
 constexpr int GROUP = 8;  // cluster rows that are walked together, so that W is reused in L2
 constexpr int INPUT_BYTES = TILE_ROWS * TILE_DEPTH * 2, WEIGHT_BYTES = TILE_COLS * TILE_DEPTH * 2;
 constexpr int STAGE_BYTES = INPUT_BYTES + WEIGHT_BYTES;
-constexpr int STORE_BYTES = 64 * 64 * 2;  // a store box: 64 rows of 128 bytes
+constexpr int STORE_BYTES = 16 * 64 * 2;  // a store box: 16 rows of 128 bytes
 constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
 
 // ---- copies within a cluster -----------------------------------------------------------------
@@ -131,15 +131,13 @@ constexpr int DRAWS = TILE_COLS / 32 * 2;
 struct Keep {
   u32 bits[2][2];
   __device__ __forceinline__ void load(const u32* keep, int row0, int rows, int col0, int cols, int lane) {
-    int groups = (cols + 127) / 128;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        int row = row0 + h * 8 + (lane >> 2), group = col0 / 128 + c;
+        int row = row0 + h * 8 + (lane >> 2), col = col0 + c * 128;
         bits[h][c] = 0;
-        if (row < rows && group < groups)
-          asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits[h][c]) : "l"(keep + ((i64)row * groups + group) * 4 + (lane & 3)));
+        if (row < rows && col < cols) asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits[h][c]) : "l"(bits_at(keep, row, col, cols) + (lane & 3)));
       }
   }
 };
@@ -206,6 +204,7 @@ struct Side {
 #if SIDE
 constexpr int SIDE_WARPS = 8, SIDE_STAGES = 4, SIDE_CHUNK = SIDE_WARPS * BOX_COLS;
 constexpr int SIDE_RANK = 16 * RANK_STEPS, SIDE_RING_BYTES = SIDE_WARPS * SIDE_STAGES * BOX_BYTES;
+constexpr int SIDE_BITS_BYTES = DROPOUT == 2 ? SIDE_WARPS * SIDE_STAGES * BITS_BYTES : 0;
 
 // A block takes segments of rows, whose q it keeps in shared memory, and every column of z in chunks
 // of 512: 1024 bytes of 32 rows at a time, because single lines would cost the memory too much. A
@@ -214,7 +213,8 @@ template <bool MASKED>
 __device__ __forceinline__ void side_work(const TensorMap& z, const T* q, float* part, int ldq, int cols, int rows, const u32* kept, float scale, const Side& side, unsigned char* shared, u32 full, int& stage, u32& parity) {
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   u32 ring = shared_address(shared) + warp * SIDE_STAGES * BOX_BYTES;
-  T* q_rows = reinterpret_cast<T*>(shared + SIDE_RING_BYTES);  // [segment_rows, SIDE_RANK]
+  u32 ring_bits = shared_address(shared) + SIDE_RING_BYTES + warp * SIDE_STAGES * BITS_BYTES;
+  T* q_rows = reinterpret_cast<T*>(shared + SIDE_RING_BYTES + SIDE_BITS_BYTES);  // [segment_rows, SIDE_RANK]
   int segments = (rows + side.segment_rows - 1) / side.segment_rows, chunks = (cols + SIDE_CHUNK - 1) / SIDE_CHUNK;
   for (int segment = blockIdx.x; segment < segments; segment += side.blocks) {
     int row0 = segment * side.segment_rows, strips = (min(rows - row0, side.segment_rows) + BOX_ROWS - 1) / BOX_ROWS;
@@ -222,8 +222,11 @@ __device__ __forceinline__ void side_work(const TensorMap& z, const T* q, float*
     auto fetch = [&](int stage) {
       if (ahead++ >= count) return;
       if (lane == 0) {
-        barrier_expect(full + 8 * stage, BOX_BYTES);
-        load_box(ring + stage * BOX_BYTES, z, ahead_chunk * SIDE_CHUNK + warp * BOX_COLS, row0 + ahead_strip * BOX_ROWS, full + 8 * stage);
+        int col = ahead_chunk * SIDE_CHUNK + warp * BOX_COLS, row = row0 + ahead_strip * BOX_ROWS;
+        u32 bar = full + 8 * stage;
+        barrier_expect(bar, BOX_BYTES + (MASKED ? BITS_BYTES : 0));
+        load_box(ring + stage * BOX_BYTES, z, col, row, bar);
+        if (MASKED) load_box_bits(ring_bits + stage * BITS_BYTES, kept, row, col, cols, bar);
       }
       if (++ahead_strip == strips) ahead_strip = 0, ++ahead_chunk;
     };
@@ -241,20 +244,14 @@ __device__ __forceinline__ void side_work(const TensorMap& z, const T* q, float*
       float acc[RANK_STEPS][8][4] = {};
       u32 q_at = shared_address(q_rows);
       int col0 = chunk * SIDE_CHUNK + warp * BOX_COLS;
-      BoxBits bits, next;
-      if (MASKED) next.load(kept, row0, rows, cols, col0, lane);
       for (int strip = 0; strip < strips; ++strip, q_at += BOX_ROWS * SIDE_RANK * 2) {
-        if (MASKED) {
-          bits = next;
-          if (strip + 1 < strips) next.load(kept, row0 + (strip + 1) * BOX_ROWS, rows, cols, col0, lane);
-        }
         barrier_wait(full + 8 * stage, parity);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           u32 a[RANK_STEPS][4];
 #pragma unroll
           for (int j = 0; j < RANK_STEPS; ++j) load_q(a[j], q_at + i * 16 * SIDE_RANK * 2 + j * 32, SIDE_RANK, lane);
-          add_across<RANK_STEPS, MASKED>(acc, a, ring + stage * BOX_BYTES, i, lane, &bits);
+          add_across<RANK_STEPS, MASKED>(acc, a, ring + stage * BOX_BYTES, i, ring_bits + stage * BITS_BYTES, col0, lane);
         }
         __syncwarp();
         fetch(stage);
@@ -271,7 +268,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     const __grid_constant__ TensorMap weight_map,  // box 64 x 128, or 64 x 64 backward
     const __grid_constant__ TensorMap q_map,       // [rows, rank], box 64 x 128
     const __grid_constant__ TensorMap p_map,       // as weight_map
-    const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 64
+    const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 16
     const __grid_constant__ TensorMap side0_map,   // z of the first side product, box 64 x 32
     const __grid_constant__ TensorMap side1_map,   // and of the second
     const T* __restrict__ bias,                    // [cols] or null
@@ -360,7 +357,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
     int math = warpgroup - 1, thread = threadIdx.x % 128, lane = thread & 31, warp = thread / 32;
-    u32 store = stores + math * 2 * STORE_BYTES;
+    u32 store = stores + (math * 4 + warp) * 2 * STORE_BYTES;
     Ring ring;
     for (int index = cluster; index < tiles; index += clusters) {
       Tile tile = tile_at(index, cluster_rows, cluster_cols, block);
@@ -427,14 +424,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
 #endif
 
-      // Out in two halves of 128 columns, each two boxes of 64 rows x 64 columns, swizzled.
+      // Out in boxes of 64 columns by the warp's 16 rows, swizzled: one is filled while the copy
+      // engine reads the other, and no warp waits for another.
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-        warpgroup_sync(math);
+      for (int box = 0; box < TILE_COLS / 64; ++box) {
+        u32 to = store + (box & 1) * STORE_BYTES;
+        if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+        __syncwarp();
 #pragma unroll
-        for (int pair = 0; pair < 8; ++pair) {  // 16 columns
-          int tile8 = half * 16 + pair * 2;
+        for (int pair = 0; pair < 4; ++pair) {  // 16 columns
+          int tile8 = box * 8 + pair * 2;
           float* v = &d[tile8 * 4];
           if (bias) {
 #pragma unroll
@@ -445,22 +444,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
               v[n * 4] += lo, v[n * 4 + 1] += hi, v[n * 4 + 2] += lo, v[n * 4 + 3] += hi;
             }
           }
-          int row = warp * 16 + (lane & 15), chunk = (pair * 2 & 7) + (lane >> 4);
-          u32 to = store + (pair >> 2) * STORE_BYTES + row * 128 + ((chunk ^ (row & 7)) << 4);
-          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(pack_halves(v[0], v[1])),
-                       "r"(pack_halves(v[2], v[3])), "r"(pack_halves(v[4], v[5])), "r"(pack_halves(v[6], v[7]))
+          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(to, lane & 15, pair * 2 + (lane >> 4))),
+                       "r"(pack_halves(v[0], v[1])), "r"(pack_halves(v[2], v[3])), "r"(pack_halves(v[4], v[5])), "r"(pack_halves(v[6], v[7]))
                        : "memory");
         }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        warpgroup_sync(math);
-        if (thread == 0) {
-          store_box(out_map, tile.col + half * 128, tile.row + math * 64, store);
-          store_box(out_map, tile.col + half * 128 + 64, tile.row + math * 64, store + STORE_BYTES);
+        __syncwarp();
+        if (lane == 0) {
+          store_box(out_map, tile.col + box * 64, tile.row + math * 64 + warp * 16, to);
           asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
       }
     }
-    if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
   // A block must not leave while its partner still signals it or loads for it.
   cluster_sync();
