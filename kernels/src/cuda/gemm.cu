@@ -145,36 +145,36 @@ struct Keep {
 
 // d += D(q p) for the 16 rows of a warp; q and p stand in a stage.
 __device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, const Keep& keep, float scale, int lane) {
-  int t = lane & 3;
 #pragma unroll
-  for (int block = 0; block < TILE_COLS / 32; ++block) {  // 32 columns: 4 tiles of 8
-    float low[4][4] = {};
+  for (int wide = 0; wide < TILE_COLS / 64; ++wide) {  // 64 columns: 8 tiles of 8
+    float low[8][4] = {};
 #pragma unroll 1
     for (int k = 0; k < RANK_STEPS; ++k) {
-      u32 a[4];
+      u32 a[4], b[4][4];
       ldmatrix(a, swizzled(q, lane & 15, 2 * k + (lane >> 4)));
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        u32 b[4];
-        int n = block * 32 + pair * 16;
+      for (int pair = 0; pair < 4; ++pair) {
 #if BACKWARD
         // rows are ranks: lanes 0-15 address 16 ranks of columns n .. n+7, lanes 16-31 of n+8 .. n+15
-        int chunk = (n & 63) / 8 + (lane >> 4);
-        ldmatrix_transposed(b, swizzled(p + (n >> 6) * WEIGHT_COLS_BYTES, k * 16 + (lane & 15), chunk));
+        ldmatrix_transposed(b[pair], swizzled(p + wide * WEIGHT_COLS_BYTES, k * 16 + (lane & 15), pair * 2 + (lane >> 4)));
 #else
         // rows are columns of the output: lanes 0-7 address 8 ranks of n .. n+7, 8-15 the next 8, 16-31 of n+8 ..
-        ldmatrix(b, swizzled(p, n + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+        ldmatrix(b[pair], swizzled(p, wide * 64 + pair * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
 #endif
-        mma(low[2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
-        mma(low[2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      }
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        mma(low[2 * pair], a[0], a[1], a[2], a[3], b[pair][0], b[pair][1]);
+        mma(low[2 * pair + 1], a[0], a[1], a[2], a[3], b[pair][2], b[pair][3]);
       }
     }
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      int tile = block * 4 + n;
+    for (int n = 0; n < 8; ++n) {
+      int tile = wide * 8 + n;
 #if DROPOUT == 1
-      // Thread n of the quad drew for tile n; bits 2t and 2t + 1 of its byte are for this thread.
-      u32 word = __shfl_sync(0xffffffffu, keep.bits[block >> 1], n, 4) >> (16 * (block & 1) + 2 * t);
+      // Thread n of the quad drew for every fourth tile from n on; bits 2t and 2t + 1 of its byte are
+      // for this thread.
+      u32 word = __shfl_sync(0xffffffffu, keep.bits[tile >> 3], n & 3, 4) >> (16 * (tile >> 2 & 1) + 2 * (lane & 3));
 #endif
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
@@ -359,6 +359,33 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     int math = warpgroup - 1, thread = threadIdx.x % 128, lane = thread & 31, warp = thread / 32;
     u32 store = stores + (math * 4 + warp) * 2 * STORE_BYTES;
     Ring ring;
+    u32 out[TILE_COLS / 4];  // the tile before, rounded
+    Tile last = {0, 0};
+    bool waiting = false;
+    // In boxes of 64 columns by the warp's 16 rows, swizzled: one is filled while the copy engine
+    // reads the other, and no warp waits for another.
+    auto store_half = [&](int half) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        int box = half * 2 + i;
+        u32 to = store + i * STORE_BYTES;
+        if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+        __syncwarp();
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {  // 16 columns
+          const u32* v = &out[box * 16 + pair * 4];
+          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(to, lane & 15, pair * 2 + (lane >> 4))),
+                       "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                       : "memory");
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        if (lane == 0) {
+          store_box(out_map, last.col + box * 64, last.row + math * 64 + warp * 16, to);
+          asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        }
+      }
+    };
     for (int index = cluster; index < tiles; index += clusters) {
       Tile tile = tile_at(index, cluster_rows, cluster_cols, block);
       float d[128];
@@ -379,8 +406,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         for (int step = 0; step < TILE_DEPTH / 16; ++step)
           wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, k > 0 || step > 0);
         wgmma_commit();
+        if (waiting) {
+          if (k == 0) store_half(0);
+          if (k == 1 || full_blocks == 1) store_half(1), waiting = false;
+        }
 #if DROPOUT == 1
-        if (k < DRAWS) keep.draw(dropout, first_draw, k, cols);
+        if (k >= 2 && k < DRAWS + 2) keep.draw(dropout, first_draw, k - 2, cols);
 #elif DROPOUT == 2
         if (k == full_blocks / 2) {
           await_previous();  // of use in the first tile: the bits come from the kernel before this one
@@ -397,7 +428,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       {
         u32 at = stages + ring.stage * STAGE_BYTES;
 #if DROPOUT == 1
-        for (int i = full_blocks; i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
+        for (int i = max(full_blocks - 2, 0); i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
 #endif
         barrier_wait(full + 8 * ring.stage, ring.parity);
         add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, dropout.scale, lane);
@@ -424,38 +455,23 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
 #endif
 
-      // Out in boxes of 64 columns by the warp's 16 rows, swizzled: one is filled while the copy
-      // engine reads the other, and no warp waits for another.
+      // Rounded at once, which frees the sums for the next tile; stored while that multiplies.
 #pragma unroll
-      for (int box = 0; box < TILE_COLS / 64; ++box) {
-        u32 to = store + (box & 1) * STORE_BYTES;
-        if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-        __syncwarp();
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {  // 16 columns
-          int tile8 = box * 8 + pair * 2;
-          float* v = &d[tile8 * 4];
-          if (bias) {
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              int col = tile.col + (tile8 + n) * 8 + 2 * (lane & 3);
-              u32 two = col < cols ? *reinterpret_cast<const u32*>(bias + col) : 0;
-              float lo = to_float((T)(two & 0xffff)), hi = to_float((T)(two >> 16));
-              v[n * 4] += lo, v[n * 4 + 1] += hi, v[n * 4 + 2] += lo, v[n * 4 + 3] += hi;
-            }
-          }
-          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(to, lane & 15, pair * 2 + (lane >> 4))),
-                       "r"(pack_halves(v[0], v[1])), "r"(pack_halves(v[2], v[3])), "r"(pack_halves(v[4], v[5])), "r"(pack_halves(v[6], v[7]))
-                       : "memory");
+      for (int tile8 = 0; tile8 < TILE_COLS / 8; ++tile8) {
+        float* v = &d[tile8 * 4];
+        if (bias) {
+          int col = tile.col + tile8 * 8 + 2 * (lane & 3);
+          u32 two = col < cols ? *reinterpret_cast<const u32*>(bias + col) : 0;
+          float lo = to_float((T)(two & 0xffff)), hi = to_float((T)(two >> 16));
+          v[0] += lo, v[1] += hi, v[2] += lo, v[3] += hi;
         }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        __syncwarp();
-        if (lane == 0) {
-          store_box(out_map, tile.col + box * 64, tile.row + math * 64 + warp * 16, to);
-          asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        }
+        out[tile8 * 2] = pack_halves(v[0], v[1]);
+        out[tile8 * 2 + 1] = pack_halves(v[2], v[3]);
       }
+      last = tile;
+      waiting = true;
     }
+    if (waiting) store_half(0), store_half(1);
     if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
   // A block must not leave while its partner still signals it or loads for it.

@@ -30,6 +30,10 @@ __device__ __forceinline__ void load_box(u32 dst, const TensorMap& map, int col,
       "l"(&map), "r"(col), "r"(row), "r"(bar)
       : "memory");
 }
+// As `prefetch`.
+__device__ __forceinline__ void prefetch_box(const TensorMap& map, int col, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(col), "r"(row) : "memory");
+}
 __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes),
                "r"(bar)

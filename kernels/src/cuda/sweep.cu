@@ -100,6 +100,10 @@ extern "C" __global__ void __launch_bounds__((WARPS + BITS_WARPS) * 32, 1) sweep
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
+  if (lane == 0)
+    for (int strip = 0; strip < min(strips, STAGES + 1); ++strip)
+      prefetch_box(z_map, ahead.chunk * CHUNK + warp * BOX_COLS, ahead.block * block_rows + strip * BOX_ROWS);
+  __syncwarp();
   await_previous();
   start_next();
   if (rank < chunks)
