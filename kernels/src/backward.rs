@@ -147,9 +147,7 @@ impl Kernels {
             bits: bits.as_mut(),
         };
         let b_part = launcher.shrink_and_outer(dys, down, &s, post)?;
-        let masking = bits
-            .as_ref()
-            .map_or(Masking::drawn(pre), |bits| Masking::Read(bits));
+        let masking = bits.as_ref().map_or(Masking::drawn(pre), Masking::Read);
         let ds = Rows::packed(ds.as_view(), rows, cols);
         let side_b = Some(&s).filter(|_| b_part.is_none() && post.is_none());
         let side = launcher.side_work(dys, in_features, side_b, Some((xs, &ds)));

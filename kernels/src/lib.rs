@@ -31,7 +31,7 @@
 //! - **Hopper** (compute capability 9.0): one persistent kernel (TMA and wgmma) makes the base product,
 //!   adds bias and the adapter's part in the f32 sums and rounds once. In backward, one pass over `dY`
 //!   makes `dS` and `dB`, and multiprocessors that the tiles of `dx` leave over make `dA` meanwhile.
-//! - **Decode** (9.0, forward of up to 64 tokens without dropout): one launch for all of it, which
+//! - **Decode** (9.0, forward of up to 32 tokens without dropout): one launch for all of it, which
 //!   reads `W` once and the adapter as it is kept.
 //! - **General** (8.0 and newer): one-pass kernels write the adapter's part, and cuBLASLt adds the base
 //!   product to it.

@@ -213,7 +213,7 @@ mod tests {
                 let shared = Shared::new(ranks, down, !down);
                 for rows in [1, 31, 512, 2048, 8192, 100_000] {
                     let block_rows = shared.block_rows(rows, 16);
-                    assert!(block_rows >= BOX_ROWS && block_rows % BOX_ROWS == 0);
+                    assert!(block_rows >= BOX_ROWS && block_rows.is_multiple_of(BOX_ROWS));
                     assert!(shared.bytes(block_rows) <= SHARED_LIMIT);
                 }
             }
