@@ -93,7 +93,14 @@ impl Kernel {
             Self::Reduce => with_tile!("reduce.cu"),
             Self::Sweep => with_hopper!("sweep.cu"),
             Self::Bits => with_hopper!("bits.cu"),
-            Self::Gemm => with_hopper!("gemm.cu"),
+            Self::Gemm => joined!(
+                "gemm.cu",
+                "tile.cuh",
+                "hopper.cuh",
+                "wgmma.cuh",
+                "rank.cuh",
+                "side.cuh"
+            ),
             Self::Decode => with_tile!("decode.cu"),
         }
     }

@@ -88,6 +88,7 @@
 
 mod backward;
 mod check;
+mod columns;
 mod cubin;
 mod decode;
 mod dropout;
@@ -111,12 +112,13 @@ mod tensor_map;
 
 pub use backward::{Gradients, InputGradient};
 pub use check::compile_all;
+pub use columns::{Columns, GroupLayout};
 pub use dropout::{Dropout, Place};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use forward::{Forward, Saved};
 pub use gemm::F32Math;
-pub use group::{Columns, GroupLayout, Grouped, Member};
+pub use group::{Grouped, Member};
 pub use kernels::{Kernels, first_device};
 pub use linear::{LoraLinear, Packed};
 pub use path::{Path, Preference, Reason};
