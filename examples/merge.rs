@@ -6,7 +6,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -15,6 +14,7 @@ use candle_core::Device;
 use clap::Parser;
 use clap::ValueEnum;
 use lora_core::LoraTargets;
+use lora_examples::Error;
 use lora_examples::Result;
 use lora_examples::cli;
 
@@ -50,17 +50,31 @@ fn run(args: &Args) -> Result<ExitCode> {
     let pretrained = cli::open_model(args.model.as_deref())?;
     let mut model = pretrained.load(DType::F32, &Device::Cpu)?;
     model.load_adapter(&args.adapter)?;
-    let mut merged = BTreeMap::new();
-    model.for_each_adapter(&mut |lora| {
-        merged.insert(format!("{}.weight", lora.path()), lora.merged_weight()?);
+    let merged = model.merged_tensors()?;
+    let mut without_place = None;
+    model.for_each_linear(&mut |path, linear| {
+        let bias = format!("{path}.bias");
+        if linear.bias().is_none() && merged.contains_key(&bias) {
+            without_place = Some(bias);
+        }
         Ok(())
     })?;
+    if let Some(bias) = without_place {
+        let adapter = args.adapter.display();
+        return Err(Error::Usage(format!(
+            "{adapter}: merging makes a `{bias}`, for which the format of the model has no place"
+        )));
+    }
     let dtype = match args.dtype {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
         Precision::F16 => DType::F16,
     };
     pretrained.save_folder(&args.out, &merged, dtype)?;
-    println!("Merged {} layers into {}", merged.len(), args.out.display());
+    println!(
+        "Merged {} tensors into {}",
+        merged.len(),
+        args.out.display()
+    );
     Ok(ExitCode::SUCCESS)
 }

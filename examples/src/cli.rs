@@ -9,6 +9,8 @@ use candle_core::Device;
 
 use crate::Error;
 use crate::Result;
+use lora_core::keep_freed_memory;
+
 use crate::fetch;
 use crate::pretrained::Pretrained;
 
@@ -24,11 +26,13 @@ pub fn device(name: &str) -> Result<Device> {
     };
     let number = number
         .ok_or_else(|| Error::Usage(format!("--device {name} is not cpu, cuda or cuda:N")))?;
-    Device::new_cuda(number).map_err(|e| {
+    let device = Device::new_cuda(number).map_err(|e| {
         Error::Usage(format!(
             "--device {name}: {e}; build with `--features cuda`"
         ))
-    })
+    })?;
+    keep_freed_memory(&device, u64::MAX)?;
+    Ok(device)
 }
 
 /// The type that base weights have on a device: f32 on the CPU, bf16 elsewhere.

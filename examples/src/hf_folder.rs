@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::io::Read;
 use std::io::Seek;
 use std::io::SeekFrom;
@@ -79,6 +80,11 @@ impl HfFolder {
         })
     }
 
+    /// The files, in the order of their names.
+    pub(crate) fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
     /// Reads `config.json`, and the end tokens of `generation_config.json` where it names some.
     ///
     /// # Errors
@@ -124,7 +130,7 @@ impl Weights for HfFolder {
 }
 
 /// One safetensors file: the header in memory, the tensors on the disk.
-struct Shard {
+pub(crate) struct Shard {
     path: PathBuf,
     file: Mutex<File>,
     metadata: Metadata,
@@ -162,7 +168,48 @@ impl Shard {
         })
     }
 
-    fn load(&self, name: &str) -> Result<Tensor> {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes a copy of the file to `path`, with other numbers in the tensors for which `replaced`
+    /// has some. It is asked for one after the other; type and shape must stay.
+    pub(crate) fn copy_to(
+        &self,
+        path: &Path,
+        mut replaced: impl FnMut(&str) -> Result<Option<Tensor>>,
+    ) -> Result<()> {
+        let mut file = File::open(&self.path).map_err(Error::io(&self.path))?;
+        let mut tensors: Vec<_> = self.metadata.tensors().into_iter().collect();
+        tensors.sort_by_key(|(_, info)| info.data_offsets);
+        files::write_atomically(path, |out| {
+            copy(&mut file, self.data, out).map_err(Error::io(path))?;
+            let mut at = 0;
+            for (name, info) in tensors {
+                let (from, to) = info.data_offsets;
+                if from != at {
+                    let problem = format!("damaged safetensors file: a gap before `{name}`");
+                    return Err(Error::model(&self.path, problem));
+                }
+                at = to;
+                let Some(tensor) = replaced(&name)? else {
+                    copy(&mut file, (to - from) as u64, out).map_err(Error::io(path))?;
+                    continue;
+                };
+                let dtype = DType::try_from(info.dtype)?;
+                if tensor.dims() != info.shape || tensor.dtype() != dtype {
+                    let problem = format!("`{name}` can't become another type or shape");
+                    return Err(Error::model(&self.path, problem));
+                }
+                tensor.write_bytes(out)?;
+                file.seek_relative((to - from) as i64)
+                    .map_err(Error::io(&self.path))?;
+            }
+            Ok(())
+        })
+    }
+
+    pub(crate) fn load(&self, name: &str) -> Result<Tensor> {
         let absent = || Error::model(&self.path, format!("there is no tensor `{name}`"));
         let info = self.metadata.info(name).ok_or_else(absent)?;
         let dtype = DType::try_from(info.dtype)?;
@@ -179,6 +226,14 @@ impl Shard {
             &info.shape,
             &Device::Cpu,
         )?)
+    }
+}
+
+/// Copies exactly `length` bytes.
+fn copy(from: &mut File, length: u64, to: &mut impl Write) -> io::Result<()> {
+    match io::copy(&mut from.take(length), to)? {
+        copied if copied == length => Ok(()),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 

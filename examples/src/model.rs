@@ -16,6 +16,7 @@ use lora_core::nn::Linear;
 use lora_core::nn::RmsNorm;
 use lora_core::nn::causal_attention;
 use lora_core::nn::embedding;
+use lora_core::nn::forward_shared;
 use lora_core::nn::linear_b;
 use lora_core::nn::rms_norm;
 use lora_core::nn::rope_thd;
@@ -236,9 +237,9 @@ impl Attention {
     ) -> Result<Tensor> {
         let (cos, sin) = &packing.rope;
         let rotate = |xs: Tensor| rope_thd(&xs.unsqueeze(0)?, cos, sin)?.squeeze(0);
-        let q = rotate(self.heads(&self.q_proj, xs)?)?;
-        let k = rotate(self.heads(&self.k_proj, xs)?)?;
-        let v = self.heads(&self.v_proj, xs)?;
+        let [q, k, v] = forward_shared([&self.q_proj, &self.k_proj, &self.v_proj], xs)?;
+        let (q, k) = (rotate(self.heads(q)?)?, rotate(self.heads(k)?)?);
+        let v = self.heads(v)?;
         let scale = 1. / (self.head_dim as f64).sqrt();
         let attended = match cache {
             Some((cache, layer)) => {
@@ -250,9 +251,8 @@ impl Attention {
         self.o_proj.forward(&attended.flatten_from(1)?)
     }
 
-    /// Projects `xs` and splits the heads: `[tokens, heads, head_dim]`.
-    fn heads(&self, projection: &Linear, xs: &Tensor) -> Result<Tensor> {
-        let ys = projection.forward(xs)?;
+    /// Splits the heads: `[tokens, heads, head_dim]`.
+    fn heads(&self, ys: Tensor) -> Result<Tensor> {
         let (tokens, width) = ys.dims2()?;
         ys.reshape((tokens, width / self.head_dim, self.head_dim))
     }
@@ -276,7 +276,8 @@ impl Mlp {
     }
 
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let gated = swiglu(&self.gate_proj.forward(xs)?, &self.up_proj.forward(xs)?)?;
+        let [gate, up] = forward_shared([&self.gate_proj, &self.up_proj], xs)?;
+        let gated = swiglu(&gate, &up)?;
         self.down_proj.forward(&gated)
     }
 }

@@ -1,35 +1,82 @@
-//! What to adapt and how: NeMo AutoModel's `PeftConfig`.
+//! What to adapt and how: NeMo AutoModel's `PeftConfig`, with PEFT's settings for single layers.
+
+mod adapter;
+mod fields;
 
 use candle_core::DType;
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::Error as _};
+use serde::{Deserialize, Serialize, Serializer, ser::Error as _};
 use serde_json::{Map, Value};
 
+pub use self::adapter::AdapterConfig;
+pub(crate) use self::{
+    adapter::scaling,
+    fields::{Fields, integer_if_whole},
+};
+use self::{
+    adapter::{check_alpha, check_rank},
+    fields::Targets,
+};
 use crate::{DropoutPosition, Error, LoraInit, Result};
+
+/// Which biases of the base are trained and saved with an adapter, by PEFT's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BiasMode {
+    /// `none` of them.
+    #[default]
+    None,
+    /// `all` of them.
+    All,
+    /// `lora_only`: those of the adapted layers.
+    LoraOnly,
+}
 
 /// Which linear layers get an adapter, and what kind of adapter.
 ///
 /// The fields are those of NeMo AutoModel's `PeftConfig`, with its names and meaning, and a
 /// [`seed`](Self::seed). `use_triton` is called [`use_fused`](Self::use_fused) here and is read
-/// under both names; it is on by default.
+/// under both names; it is on by default. Below them are the fields of Hugging Face PEFT's
+/// `LoraConfig` that NeMo's lacks.
 ///
 /// | field | default | meaning |
 /// |---|---|---|
-/// | `target_modules` | `[]` | patterns of the layers to adapt |
+/// | `target_modules` | `[]` | patterns of the layers to adapt; `"all-linear"` sets `match_all_linear` |
 /// | `exclude_modules` | `[]` | patterns of layers to leave alone; they win over every other rule |
 /// | `match_all_linear` | `false` | every linear layer but the output head; excludes `target_modules` |
 /// | `dim` | 8 | the rank r |
 /// | `alpha` | 32 | the adapter's output is scaled by `alpha / dim` |
 /// | `dropout` | 0 | probability, 0 ≤ p < 1; in training only |
 /// | `dropout_position` | `post` | on the adapter's output, or `pre`: on its input |
-/// | `lora_A_init` | `xavier` | see [`LoraInit`] |
+/// | `lora_A_init` | `xavier` | see [`LoraInit`]; read as `init_lora_weights` too |
 /// | `lora_dtype` | `None` | of the adapter; `None`: f64 over an f64 base, else f32 |
 /// | `use_fused` | `true` | forward and backward as one operation each, or composed of candle's |
 /// | `seed` | 0 | of the initialisation and of dropout |
+/// | `use_rslora` | `false` | scale by `alpha / √dim` instead |
+/// | `rank_pattern` | `{}` | the rank of single layers, by name |
+/// | `alpha_pattern` | `{}` | the alpha of single layers, by name |
+/// | `layers_to_transform` | `[]` | adapt only in the layers of these indices; `[]`: in all |
+/// | `layers_pattern` | `[]` | the names of the lists that the indices are of; `[]`: the outermost |
+/// | `modules_to_save` | `[]` | names of modules that are trained whole and saved with the adapters |
+/// | `bias` | `none` | the biases of the base to train: `none`, `all`, `lora_only` (see [`BiasMode`]) |
+/// | `lora_bias` | `false` | gives `lora_B` a bias; not with `lora_A_init` `gaussian`, `orthogonal` |
 ///
 /// With `exclude_modules` alone, every linear layer but the head and the excluded is adapted. A
-/// configuration that names nothing is an error, and so is a pattern that matches nothing. A
-/// pattern is a [`Glob`](crate::Glob), or after `re:` a regular expression that must cover the
-/// whole path.
+/// configuration that names nothing is an error. So is every entry, of any field, that does
+/// nothing in the model: the error offers the names that come nearest. Where one value or a list
+/// is meant, both are read, and `null` for none.
+///
+/// # Names
+/// - A pattern of `target_modules` and `exclude_modules` is a [`Glob`](crate::Glob), or after
+///   `re:` a regular expression that must cover the whole path.
+/// - A key of `rank_pattern` and `alpha_pattern` is a regular expression for the end of the path,
+///   from a dot or the start: `v_proj`, `layers.1.mlp.*`, `^lm_head`. Keys of one map that match
+///   the same layer must agree: PEFT takes the first, and sorts them when it saves.
+/// - The index of a layer is the outermost number of its path that follows a name: in
+///   `layers.1.experts.7.up_proj` it is 1. With `layers_pattern` it is that which follows the
+///   first of these names that the path has. A target that is the whole path of a layer holds
+///   whatever its index; layers without an index are not adapted otherwise.
+/// - A name in `modules_to_save` is the path of a module, or its end from a dot; nothing in such a
+///   module is adapted, be it a target or not.
 ///
 /// The setters take any value; what no adapter can have (rank 0, dropout 1) is an error that
 /// names the field wherever the configuration is used, read or written.
@@ -51,47 +98,7 @@ use crate::{DropoutPosition, Error, LoraInit, Result};
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(try_from = "Fields")]
 pub struct PeftConfig {
-    fields: Fields,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct Fields {
-    #[serde(deserialize_with = "one_or_many")]
-    target_modules: Vec<String>,
-    #[serde(deserialize_with = "one_or_many")]
-    exclude_modules: Vec<String>,
-    match_all_linear: bool,
-    dim: usize,
-    #[serde(serialize_with = "integer_if_whole")]
-    alpha: f64,
-    dropout: f64,
-    dropout_position: DropoutPosition,
-    #[serde(rename = "lora_A_init")]
-    lora_a_init: LoraInit,
-    #[serde(with = "dtype_name")]
-    lora_dtype: Option<DType>,
-    #[serde(alias = "use_triton")]
-    use_fused: bool,
-    seed: u64,
-}
-
-impl Default for Fields {
-    fn default() -> Self {
-        Self {
-            target_modules: Vec::new(),
-            exclude_modules: Vec::new(),
-            match_all_linear: false,
-            dim: 8,
-            alpha: 32.0,
-            dropout: 0.0,
-            dropout_position: DropoutPosition::Post,
-            lora_a_init: LoraInit::Xavier,
-            lora_dtype: None,
-            use_fused: true,
-            seed: 0,
-        }
-    }
+    pub(crate) fields: Fields,
 }
 
 impl PeftConfig {
@@ -99,7 +106,7 @@ impl PeftConfig {
     pub fn new(target_modules: impl IntoIterator<Item = impl Into<String>>) -> Self {
         Self {
             fields: Fields {
-                target_modules: target_modules.into_iter().map(Into::into).collect(),
+                target_modules: Targets::Patterns(strings(target_modules)),
                 ..Fields::default()
             },
         }
@@ -117,7 +124,7 @@ impl PeftConfig {
 
     /// Leaves alone the layers that any of `patterns` names.
     pub fn exclude(mut self, patterns: impl IntoIterator<Item = impl Into<String>>) -> Self {
-        self.fields.exclude_modules = patterns.into_iter().map(Into::into).collect();
+        self.fields.exclude_modules = strings(patterns);
         self
     }
 
@@ -169,9 +176,65 @@ impl PeftConfig {
         self
     }
 
+    /// Scales by `alpha / √rank` and not by `alpha / rank`.
+    pub fn use_rslora(mut self, rslora: bool) -> Self {
+        self.fields.use_rslora = rslora;
+        self
+    }
+
+    /// Gives the layers whose path ends with a match of the regular expression the rank beside it.
+    pub fn rank_pattern(
+        mut self,
+        ranks: impl IntoIterator<Item = (impl Into<String>, usize)>,
+    ) -> Self {
+        let entries = ranks.into_iter().map(|(key, rank)| (key.into(), rank));
+        self.fields.rank_pattern = entries.collect();
+        self
+    }
+
+    /// Gives the layers whose path ends with a match of the regular expression the alpha beside it.
+    pub fn alpha_pattern(
+        mut self,
+        alphas: impl IntoIterator<Item = (impl Into<String>, f64)>,
+    ) -> Self {
+        let entries = alphas.into_iter().map(|(key, alpha)| (key.into(), alpha));
+        self.fields.alpha_pattern = entries.collect();
+        self
+    }
+
+    /// Adapts only in the layers of these indices.
+    pub fn layers_to_transform(mut self, indices: impl IntoIterator<Item = usize>) -> Self {
+        self.fields.layers_to_transform = indices.into_iter().collect();
+        self
+    }
+
+    /// Names the lists of layers that the indices are of, such as `layers`.
+    pub fn layers_pattern(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.fields.layers_pattern = strings(names);
+        self
+    }
+
+    /// Names the modules that are trained whole and saved with the adapters.
+    pub fn modules_to_save(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.fields.modules_to_save = strings(names);
+        self
+    }
+
+    /// Chooses the biases of the base that are trained with the adapters.
+    pub fn bias(mut self, bias: BiasMode) -> Self {
+        self.fields.bias = bias;
+        self
+    }
+
+    /// Gives every adapter a bias `[out]` of its own, which is scaled with it.
+    pub fn lora_bias(mut self, lora_bias: bool) -> Self {
+        self.fields.lora_bias = lora_bias;
+        self
+    }
+
     /// The patterns of the layers to adapt.
     pub fn target_modules(&self) -> &[String] {
-        &self.fields.target_modules
+        self.fields.target_modules.patterns()
     }
 
     /// The patterns of the layers to leave alone.
@@ -182,15 +245,16 @@ impl PeftConfig {
     /// Whether every linear layer but the head is adapted, be it asked for or for want of targets.
     pub fn match_all_linear(&self) -> bool {
         self.fields.match_all_linear
-            || self.fields.target_modules.is_empty() && !self.fields.exclude_modules.is_empty()
+            || self.target_modules().is_empty() && !self.fields.exclude_modules.is_empty()
     }
 
-    /// `alpha / dim`.
+    /// What an adapter of the default rank and alpha is scaled by: `alpha / dim`, or with rsLoRA
+    /// `alpha / √dim`.
     pub fn scaling(&self) -> f64 {
-        self.fields.alpha / self.fields.dim as f64
+        scaling(self.fields.alpha, self.fields.dim, self.fields.use_rslora)
     }
 
-    /// What each adapter looks like.
+    /// What an adapter looks like, where no pattern says otherwise.
     ///
     /// # Errors
     /// An [`Error::Config`] for a value that no adapter can have.
@@ -205,6 +269,8 @@ impl PeftConfig {
             lora_dtype: fields.lora_dtype,
             use_fused: fields.use_fused,
             seed: fields.seed,
+            rslora: fields.use_rslora,
+            lora_bias: fields.lora_bias,
         }
         .checked()
     }
@@ -215,22 +281,47 @@ impl PeftConfig {
     /// An [`Error::Config`] that names the first field with an impossible value.
     pub fn validate(&self) -> Result<()> {
         let fields = &self.fields;
-        if fields.match_all_linear && !fields.target_modules.is_empty() {
+        if fields.match_all_linear && !self.target_modules().is_empty() {
             return Err(config(
                 "match_all_linear",
                 "excludes target_modules: give either one or the other",
             ));
         }
-        if !self.match_all_linear() && fields.target_modules.is_empty() {
+        if !self.match_all_linear() && self.target_modules().is_empty() {
             return Err(config(
                 "target_modules",
                 "names nothing: give patterns such as \"*.q_proj\", or set match_all_linear",
             ));
         }
+        if fields.layers_to_transform.is_empty() && !fields.layers_pattern.is_empty() {
+            return Err(config(
+                "layers_pattern",
+                "says which list layers_to_transform counts in: give the indices there, or leave \
+                 it out",
+            ));
+        }
+        let expression = |pattern: &&String| pattern.starts_with("re:");
+        if let Some(target) = self.target_modules().iter().find(expression)
+            && !fields.layers_to_transform.is_empty()
+        {
+            let reason = format!(
+                "does not go with the regular expression `{target}`: write the indices in it, or \
+                 name the layers by patterns without `re:`"
+            );
+            return Err(config("layers_to_transform", reason));
+        }
+        for (key, rank) in &fields.rank_pattern {
+            check_rank(*rank, fields.lora_a_init)
+                .map_err(|reason| config("rank_pattern", format!("`{key}`: {reason}")))?;
+        }
+        for (key, alpha) in &fields.alpha_pattern {
+            check_alpha(*alpha)
+                .map_err(|reason| config("alpha_pattern", format!("`{key}`: {reason}")))?;
+        }
         self.adapter().map(drop)
     }
 
-    /// All fields by name, as JSON values.
+    /// NeMo's fields by name, and those of PEFT's that are set, as JSON values.
     ///
     /// # Errors
     /// An [`Error::Config`] for a value that no adapter can have.
@@ -259,6 +350,7 @@ impl TryFrom<Fields> for PeftConfig {
     type Error = Error;
 
     fn try_from(fields: Fields) -> Result<Self> {
+        let fields = fields.normalised();
         let config = Self { fields };
         config.validate()?;
         Ok(config)
@@ -269,45 +361,6 @@ impl Serialize for PeftConfig {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         self.validate().map_err(S::Error::custom)?;
         self.fields.serialize(to)
-    }
-}
-
-/// What one adapter looks like: the part of [`PeftConfig`] that concerns a single layer.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AdapterConfig {
-    pub(crate) dim: usize,
-    pub(crate) alpha: f64,
-    pub(crate) dropout: f64,
-    pub(crate) dropout_position: DropoutPosition,
-    pub(crate) lora_a_init: LoraInit,
-    pub(crate) lora_dtype: Option<DType>,
-    pub(crate) use_fused: bool,
-    pub(crate) seed: u64,
-}
-
-impl AdapterConfig {
-    pub(crate) fn checked(self) -> Result<Self> {
-        if self.dim == 0 {
-            return Err(config("dim", "the rank is 0; it must be at least 1"));
-        }
-        if !(self.alpha.is_finite() && self.alpha > 0.0) {
-            let reason = format!(
-                "{} is no positive number; the adapter could not act",
-                self.alpha
-            );
-            return Err(config("alpha", reason));
-        }
-        if !(0.0..1.0).contains(&self.dropout) {
-            let reason = format!("{} is no probability below 1", self.dropout);
-            return Err(config("dropout", reason));
-        }
-        if let Some(dtype) = self.lora_dtype
-            && !is_adapter_dtype(dtype)
-        {
-            let reason = format!("{} can't be trained; use {DTYPES}", dtype.as_str());
-            return Err(config("lora_dtype", reason));
-        }
-        Ok(self)
     }
 }
 
@@ -324,62 +377,6 @@ fn config(field: &'static str, reason: impl Into<String>) -> Error {
     }
 }
 
-/// Reads a list of strings, a single string, or null for an empty list, as NeMo AutoModel does.
-fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "expected a list of strings")]
-    enum OneOrMany {
-        None(()),
-        One(String),
-        Many(Vec<String>),
-    }
-
-    Ok(match OneOrMany::deserialize(deserializer)? {
-        OneOrMany::None(()) => Vec::new(),
-        OneOrMany::One(pattern) => vec![pattern],
-        OneOrMany::Many(patterns) => patterns,
-    })
-}
-
-/// Writes a whole number without a point: alpha is an integer in the Python stacks.
-pub(crate) fn integer_if_whole<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
-    const EXACT: f64 = 9_007_199_254_740_992.0;
-    if value.fract() == 0.0 && value.abs() < EXACT {
-        to.serialize_i64(*value as i64)
-    } else {
-        to.serialize_f64(*value)
-    }
-}
-
-/// `lora_dtype` by torch's names, with or without `torch.`, in any case.
-mod dtype_name {
-    use super::*;
-
-    pub fn serialize<S: Serializer>(dtype: &Option<DType>, to: S) -> Result<S::Ok, S::Error> {
-        dtype
-            .map(|dtype| match dtype {
-                DType::F32 => "float32",
-                DType::F64 => "float64",
-                DType::BF16 => "bfloat16",
-                DType::F16 => "float16",
-                other => other.as_str(),
-            })
-            .serialize(to)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<DType>, D::Error> {
-        let Some(name) = Option::<String>::deserialize(from)? else {
-            return Ok(None);
-        };
-        let lower = name.to_lowercase();
-        match lower.strip_prefix("torch.").unwrap_or(&lower) {
-            "float" | "float32" => Ok(Some(DType::F32)),
-            "double" | "float64" => Ok(Some(DType::F64)),
-            "bf16" | "bfloat16" => Ok(Some(DType::BF16)),
-            "half" | "float16" => Ok(Some(DType::F16)),
-            _ => Err(D::Error::custom(format!(
-                "lora_dtype: `{name}` can't be trained; use {DTYPES}"
-            ))),
-        }
-    }
+fn strings(names: impl IntoIterator<Item = impl Into<String>>) -> Vec<String> {
+    names.into_iter().map(Into::into).collect()
 }

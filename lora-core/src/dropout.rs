@@ -62,11 +62,25 @@ impl Dropout {
         self.probability
     }
 
+    /// The same counter with another probability.
+    pub fn with_probability(&self, probability: f64) -> Self {
+        Self {
+            probability,
+            ..self.clone()
+        }
+    }
+
     /// The mask of the next forward pass; `None` if nothing is ever dropped.
     pub fn next(&self) -> Option<Mask> {
-        let mask = Mask::new(self.probability, self.seed, self.site, 0)?;
+        let mask = self.peek()?;
         let step = self.step.fetch_add(1, Ordering::Relaxed);
         Some(Mask { step, ..mask })
+    }
+
+    /// What [`next`](Self::next) would give.
+    pub fn peek(&self) -> Option<Mask> {
+        let step = self.step.load(Ordering::Relaxed);
+        Mask::new(self.probability, self.seed, self.site, step)
     }
 
     /// Makes `step` the number of the next mask.
@@ -104,6 +118,12 @@ impl Mask {
             site,
             step,
         })
+    }
+
+    /// `t`, the seed, the site and the step.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn numbers(&self) -> (u16, u64, u32, u64) {
+        (self.threshold, self.seed, self.site, self.step)
     }
 
     /// What element `index` is multiplied by: 0, or `65536 / (65536 − t)`.

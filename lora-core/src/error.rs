@@ -28,6 +28,29 @@ pub enum Error {
         /// What is wrong, and the way out.
         reason: String,
     },
+    /// Something with an adapter that is called by its name.
+    #[error("adapter `{name}`: {reason}")]
+    NamedAdapter {
+        /// The name.
+        name: String,
+        /// What is wrong, and the way out.
+        reason: String,
+    },
+    /// A call for the adapters of a model without any.
+    #[error("the model has no adapter; `add_adapter` or `load_adapter` one first")]
+    NoAdapter,
+    /// A change of the adapters while they are in the weights.
+    #[error("the adapters are merged into the weights; `unmerge` first")]
+    Merged,
+    /// A mixed batch is selected where one set of adapters is needed.
+    #[error(
+        "adapters are selected row by row, which makes no one weight; `set_adapters` those to \
+         merge, or name them"
+    )]
+    MixedBatch,
+    /// A batch by rows that has none.
+    #[error("a selection by rows needs at least one row")]
+    NoRows,
     /// Adapters that a backward pass left without a gradient.
     #[error(
         "{} of {total} adapter tensors got no gradient: {}. \
@@ -51,6 +74,13 @@ pub enum Error {
         /// One line for every missing, extra or mis-shaped key.
         problems: Vec<String>,
     },
+    /// Tensors of an adapter that a model built with [`MergedAdapters`](crate::MergedAdapters)
+    /// did not ask for.
+    #[error("not merged: {}", .problems.join("; "))]
+    Unmerged {
+        /// One line for every tensor.
+        problems: Vec<String>,
+    },
     /// A file that cannot be read, written or understood.
     #[error("{}: {reason}", .file.display())]
     File {
@@ -59,6 +89,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Something that adapters apart from a model don't allow.
+    #[error("{0}")]
+    Adapter(String),
     /// An error of a tensor operation.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -68,6 +101,13 @@ impl Error {
     pub(crate) fn module(path: impl ToString, reason: impl Into<String>) -> Self {
         Self::Module {
             path: path.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    pub(crate) fn adapter(name: impl ToString, reason: impl Into<String>) -> Self {
+        Self::NamedAdapter {
+            name: name.to_string(),
             reason: reason.into(),
         }
     }

@@ -64,13 +64,16 @@
 //!
 //! - [`LoraTargets`]: the trait, its derive and the verbs of a model.
 //! - [`targets!`]: target names checked by the compiler; [`Glob`] is their rule.
-//! - [`PeftConfig`]: what to adapt, and how.
+//! - [`PeftConfig`]: what to adapt, and how; [`LoraPlan`]: what will come of it.
 //! - [`LinearLoRA`]: the adapted layer, and its formula.
+//! - [`adapter`]: adapters apart from a model: their files, and arithmetic.
 //! - [`nn`]: layers and functions of candle_nn's names that have a backward pass.
 //! - [`registry`]: the adaptable models linked into a program.
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 mod adapter_folder;
+mod adapters;
 mod apply;
 mod atomic;
 mod config;
@@ -78,36 +81,54 @@ mod dropout;
 mod error;
 mod glob;
 mod gradients;
-mod hf_config;
 mod init;
+mod join;
 mod linear_lora;
+mod lora_adapter;
+mod memory;
+mod merged_backend;
 pub mod nn;
 mod op;
 mod path;
 mod philox;
+mod plan;
 mod registry;
 mod report;
+mod saved;
 mod select;
+mod selection;
 mod suggest;
 mod survey;
+mod switch;
 mod targets;
+mod trained;
 mod tree;
+mod verbs;
 mod visit;
 
+pub use adapters::Adapters;
 pub use apply::patch_linear_module;
-pub use config::{AdapterConfig, PeftConfig};
+pub use config::{AdapterConfig, BiasMode, PeftConfig};
 pub use dropout::{DropoutPosition, Mask};
 pub use error::{Error, Result};
 pub use glob::Glob;
 pub use init::LoraInit;
 pub use linear_lora::LinearLoRA;
+pub use lora_adapter::LoraAdapter;
 pub use lora_derive::LoraTargets;
+pub use memory::keep_freed_memory;
+pub use merged_backend::MergedAdapters;
+pub use op::ComputePath;
 pub use path::ModulePath;
 pub use philox::philox;
+pub use plan::{LoraPlan, PlannedAdapter, PlannedTensor, SkippedLayer, TrainedFor};
 pub use registry::{Registration, registry};
 pub use report::{LoraReport, LoraSite};
+pub use select::NotAdapted;
+pub use selection::Selection;
 pub use targets::LoraTargets;
 pub use tree::{Field, TargetTree};
+pub use verbs::AdapterStatus;
 pub use visit::Visitor;
 
 /// Not public API. Used by generated code.

@@ -1,18 +1,29 @@
-//! A frozen linear layer with its adapter.
+//! A frozen linear layer with its adapters.
 
-use std::sync::Arc;
+mod forward;
+mod merge;
+mod share;
 
-use candle_core::{Module, Tensor, Var, bail};
+use std::{collections::HashMap, sync::Arc};
+
+use candle_core::{Tensor, Var};
 
 use crate::{
-    AdapterConfig, DropoutPosition, Error, Result,
-    config::is_adapter_dtype,
-    dropout::Dropout,
-    op::{FrozenLinear, LoraLinear, compute_dtype},
+    AdapterConfig, LoraAdapter, Result,
+    op::FrozenLinear,
+    selection::Pick,
+    switch::{AdapterId, DEFAULT, Entry, Switch},
+    trained::Trained,
 };
+
+pub(crate) use share::Sharing;
 
 /// A linear layer whose weight `W [out, in]` and bias are frozen, and an adapter that is trained:
 /// `ys = xs Wᵀ + b + alpha / rank · D(xs) Aᵀ Bᵀ` (Hu et al. 2021).
+///
+/// It can have several adapters with names; which of them act in a forward pass, alone, summed or
+/// each on its rows, is for all layers of a model to say at once: see
+/// [`Selection`](crate::Selection).
 ///
 /// `xs` has any rank from 1 up and any strides; its last dimension is `in`. The adapter's numbers
 /// may be of another type than the base's: f32 over a bf16 base by default. Forward and backward
@@ -41,19 +52,19 @@ use crate::{
 pub struct LinearLoRA {
     path: Arc<str>,
     base: FrozenLinear,
-    lora_a: Var,
-    lora_b: Var,
-    alpha: f64,
-    dropout: Dropout,
-    dropout_position: DropoutPosition,
-    fused: bool,
-    training: bool,
+    /// Shared by the layers of a model, and by their clones.
+    switch: Arc<Switch>,
+    /// In the order of their ids. A value that others can see has at least one.
+    loras: Vec<LoraAdapter>,
+    /// In the order of their ids.
+    trained: Vec<Trained>,
     enabled: bool,
 }
 
 impl LinearLoRA {
     /// A fresh adapter on the layer at `path`: `A` drawn as the configuration says, `B` zero. It
-    /// begins in training mode. The path is the name in errors, and a seed of `A` and of dropout.
+    /// is called `default`, active, and begins in training mode. The path is the name in errors,
+    /// and a seed of `A` and of dropout.
     ///
     /// # Errors
     /// If the weight is no matrix or of a type that can't be trained on.
@@ -63,61 +74,38 @@ impl LinearLoRA {
         bias: Option<Tensor>,
         config: &AdapterConfig,
     ) -> Result<Self> {
-        let (outputs, inputs) = weight.dims2().map_err(|_| {
-            Error::module(
-                path,
-                format!(
-                    "the weight has shape {:?}; it must be [out, in]",
-                    weight.shape()
-                ),
-            )
-        })?;
-        if !is_adapter_dtype(weight.dtype()) {
-            let reason = format!("a base of {} can't be adapted", weight.dtype().as_str());
-            return Err(Error::module(path, reason));
-        }
-        let (device, init) = (weight.device(), config.lora_a_init);
-        let dtype = config.lora_dtype.unwrap_or(compute_dtype(weight.dtype()));
-        let lora_a = init.draw((config.dim, inputs), config.seed, path, dtype, device)?;
-        let lora_b = Tensor::zeros((outputs, config.dim), dtype, device)?;
-        Self::from_tensors(path, weight, bias, (lora_a, lora_b), config)
+        let id = AdapterId::fresh();
+        let lora = LoraAdapter::fresh(id, path, &weight, config)?;
+        let switch = Switch::new();
+        let mut state = switch.write();
+        state.insert(id, Entry::new(DEFAULT));
+        state.current = state.sum([(DEFAULT, 1.0)])?;
+        drop(state);
+        let mut layer = Self::bare(path, weight, bias, &switch);
+        layer.attach(Some(lora), None);
+        Ok(layer)
     }
 
-    /// An adapter of given tensors, `A [rank, in]` and `B [out, rank]`.
-    pub(crate) fn from_tensors(
+    /// A layer without an adapter.
+    pub(crate) fn bare(
         path: &str,
         weight: Tensor,
         bias: Option<Tensor>,
-        (lora_a, lora_b): (Tensor, Tensor),
-        config: &AdapterConfig,
-    ) -> Result<Self> {
-        Ok(Self {
+        switch: &Arc<Switch>,
+    ) -> Self {
+        Self {
             path: path.into(),
             base: FrozenLinear::new(weight, bias),
-            lora_a: Var::from_tensor(&lora_a)?,
-            lora_b: Var::from_tensor(&lora_b)?,
-            alpha: config.alpha,
-            dropout: Dropout::new(config.dropout, config.seed, path),
-            dropout_position: config.dropout_position,
-            fused: config.use_fused,
-            training: true,
+            switch: switch.clone(),
+            loras: Vec::new(),
+            trained: Vec::new(),
             enabled: true,
-        })
+        }
     }
 
     /// The path that the layer was adapted under.
     pub fn path(&self) -> &str {
         &self.path
-    }
-
-    /// `A`, `[rank, in]`.
-    pub fn lora_a(&self) -> &Var {
-        &self.lora_a
-    }
-
-    /// `B`, `[out, rank]`.
-    pub fn lora_b(&self) -> &Var {
-        &self.lora_b
     }
 
     /// The frozen weight, `[out, in]`.
@@ -130,131 +118,164 @@ impl LinearLoRA {
         self.base.bias()
     }
 
+    /// The adapter with this name, if it has one on this layer.
+    pub fn adapter(&self, name: &str) -> Option<&LoraAdapter> {
+        let id = self.switch.read().pick(name).ok()?.id;
+        self.lora(id)
+    }
+
+    /// `A` of the first active adapter of this layer, or of the first; the same goes for all that
+    /// follows.
+    pub fn lora_a(&self) -> &Var {
+        self.current().lora_a()
+    }
+
+    /// `B`, `[out, rank]`.
+    pub fn lora_b(&self) -> &Var {
+        self.current().lora_b()
+    }
+
     /// The rank r.
     pub fn rank(&self) -> usize {
-        self.lora_a.dims()[0]
+        self.current().rank()
     }
 
     /// Alpha.
     pub fn alpha(&self) -> f64 {
-        self.alpha
+        self.current().alpha()
     }
 
-    /// What the adapter's output is multiplied by: `alpha / rank`.
+    /// Whether the scaling is rsLoRA's.
+    pub fn is_rslora(&self) -> bool {
+        self.current().is_rslora()
+    }
+
+    /// What the adapter's output is multiplied by: `alpha / rank`, or with rsLoRA `alpha / √rank`.
     pub fn scaling(&self) -> f64 {
-        self.alpha / self.rank() as f64
+        self.current().scaling()
     }
 
     /// The probability of dropout.
     pub fn dropout(&self) -> f64 {
-        self.dropout.probability()
+        self.current().dropout()
     }
 
     /// Whether dropout is on.
     pub fn is_training(&self) -> bool {
-        self.training
+        self.current().is_training()
     }
 
-    /// Turns dropout on or off.
+    fn current(&self) -> &LoraAdapter {
+        let state = self.switch.read();
+        let mut picks = state.current.picks();
+        let active = picks.find_map(|pick| self.lora(pick.id));
+        active.unwrap_or(&self.loras[0])
+    }
+
+    /// Turns dropout on or off, for every adapter of the layer.
     pub fn set_training(&mut self, training: bool) {
-        self.training = training;
+        self.loras
+            .iter_mut()
+            .for_each(|lora| lora.set_training(training));
     }
 
-    /// Whether the adapter takes part in the forward pass.
+    /// Whether adapters take part in the forward pass of this layer.
     pub fn is_enabled(&self) -> bool {
-        self.enabled
+        self.enabled && !self.switch.read().disabled
     }
 
-    /// Lets the adapter take part in the forward pass, or not.
+    /// Lets the adapters take part in the forward pass of this layer, or not. Where
+    /// [`disable_adapters`](crate::LoraTargets::disable_adapters) turned off the whole model, they
+    /// don't.
     pub fn set_enabled(&mut self, enabled: bool) {
         self.enabled = enabled;
     }
 
-    /// Makes `step` the number of the next dropout mask, to repeat or resume a run.
+    /// Makes `step` the number of the next dropout mask of every adapter, to repeat or resume a
+    /// run.
     pub fn set_dropout_step(&self, step: u64) {
-        self.dropout.set_step(step);
+        self.loras
+            .iter()
+            .for_each(|lora| lora.set_dropout_step(step));
     }
 
-    /// What the adapter adds to the weight: `alpha / rank · B A`, `[out, in]`, in f32 (f64 over an
-    /// f64 base).
-    ///
-    /// # Errors
-    /// Those of the product.
-    pub fn delta_weight(&self) -> Result<Tensor> {
-        let dtype = compute_dtype(self.weight().dtype());
-        let a = self.lora_a.as_tensor().detach().to_dtype(dtype)?;
-        let b = self.lora_b.as_tensor().detach().to_dtype(dtype)?;
-        Ok((b.matmul(&a)? * self.scaling())?)
+    pub(crate) fn switch(&self) -> &Arc<Switch> {
+        &self.switch
     }
 
-    /// The weight with the adapter in it: `W + alpha / rank · B A`, a new tensor of the weight's
-    /// type, rounded once.
-    ///
-    /// # Errors
-    /// Those of the product.
-    pub fn merged_weight(&self) -> Result<Tensor> {
-        let delta = self.delta_weight()?;
-        let weight = self.weight();
-        Ok((weight.to_dtype(delta.dtype())? + delta)?.to_dtype(weight.dtype())?)
+    pub(crate) fn loras(&self) -> &[LoraAdapter] {
+        &self.loras
     }
 
-    /// The layer of `xs`, `[tokens, in]` and contiguous.
-    fn forward_rows(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
-        if !self.enabled {
-            return self.base.apply(xs);
+    /// The adapters of these that do anything on this layer, with their weights.
+    pub(crate) fn of<'a>(
+        &'a self,
+        picks: &'a [Pick],
+    ) -> impl Iterator<Item = (&'a LoraAdapter, f64)> {
+        let found = picks
+            .iter()
+            .filter_map(|pick| Some((self.lora(pick.id)?, pick.weight)));
+        found.filter(|(lora, _)| !lora.is_idle())
+    }
+
+    /// The adapter with this id, if it has one on this layer.
+    pub(crate) fn lora(&self, id: AdapterId) -> Option<&LoraAdapter> {
+        let place = self.loras.binary_search_by_key(&id, LoraAdapter::id);
+        place.ok().map(|place| &self.loras[place])
+    }
+
+    pub(crate) fn lora_mut(&mut self, id: AdapterId) -> Option<&mut LoraAdapter> {
+        let place = self.loras.binary_search_by_key(&id, LoraAdapter::id);
+        place.ok().map(|place| &mut self.loras[place])
+    }
+
+    /// What the adapter trains of the layer itself.
+    pub(crate) fn trained(&self, id: AdapterId) -> Option<&Trained> {
+        let place = self.trained.binary_search_by_key(&id, |trained| trained.id);
+        place.ok().map(|place| &self.trained[place])
+    }
+
+    /// The adapters that train something of the layer itself.
+    pub(crate) fn replacing(&self) -> impl Iterator<Item = AdapterId> {
+        self.trained.iter().map(|trained| trained.id)
+    }
+
+    /// Whether no adapter is left.
+    pub(crate) fn is_bare(&self) -> bool {
+        self.loras.is_empty() && self.trained.is_empty()
+    }
+
+    /// Adds what an adapter has for this layer.
+    pub(crate) fn attach(&mut self, lora: Option<LoraAdapter>, trained: Option<Trained>) {
+        self.loras.extend(lora);
+        self.trained.extend(trained);
+        self.sort();
+    }
+
+    /// Drops what an adapter has for this layer.
+    pub(crate) fn detach(&mut self, id: AdapterId) {
+        self.loras.retain(|lora| lora.id() != id);
+        self.trained.retain(|trained| trained.id != id);
+        // A model has many layers, and once had many adapters perhaps.
+        self.loras.shrink_to_fit();
+        self.trained.shrink_to_fit();
+    }
+
+    /// Makes the layer listen to another switch, on which some adapters have other ids.
+    pub(crate) fn join(&mut self, switch: &Arc<Switch>, ids: &HashMap<AdapterId, AdapterId>) {
+        let renamed = |id: AdapterId| ids.get(&id).copied().unwrap_or(id);
+        self.switch = switch.clone();
+        for lora in &mut self.loras {
+            lora.set_id(renamed(lora.id()));
         }
-        let mask = if self.training {
-            self.dropout.next()
-        } else {
-            None
-        };
-        let dropout = mask.map(|mask| (mask, self.dropout_position));
-        let adapter = (self.lora_a.as_tensor(), self.lora_b.as_tensor());
-        if self.fused {
-            return LoraLinear::apply(self.base.clone(), xs, adapter, self.scaling(), dropout);
+        for trained in &mut self.trained {
+            trained.id = renamed(trained.id);
         }
-
-        let dtype = compute_dtype(xs.dtype());
-        let masked = |xs: Tensor, position| match dropout {
-            Some((mask, at)) if at == position => {
-                xs.mul(&mask.tensor(xs.shape(), dtype, xs.device())?)
-            }
-            _ => Ok(xs),
-        };
-        let (a, b) = (adapter.0.to_dtype(dtype)?, adapter.1.to_dtype(dtype)?);
-        let input = masked(xs.to_dtype(dtype)?, DropoutPosition::Pre)?;
-        let delta = input.matmul(&a.t()?)?.matmul(&b.t()?)?;
-        let delta = masked((delta * self.scaling())?, DropoutPosition::Post)?;
-        (self.base.apply(xs)?.to_dtype(dtype)? + delta)?.to_dtype(xs.dtype())
+        self.sort();
     }
-}
 
-impl Module for LinearLoRA {
-    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
-        let (outputs, inputs) = self.weight().dims2()?;
-        if xs.dims().last() != Some(&inputs) || xs.dtype() != self.weight().dtype() {
-            bail!(
-                "{}: the input is {:?} of {}; it must be [.., {inputs}] of {}",
-                self.path,
-                xs.dims(),
-                xs.dtype().as_str(),
-                self.weight().dtype().as_str(),
-            );
-        }
-        over_rows(xs, outputs, |xs| self.forward_rows(xs))
+    fn sort(&mut self) {
+        self.loras.sort_by_key(LoraAdapter::id);
+        self.trained.sort_by_key(|trained| trained.id);
     }
-}
-
-/// Applies `layer` to `xs [.., in]` seen as contiguous rows `[tokens, in]`.
-pub(crate) fn over_rows(
-    xs: &Tensor,
-    outputs: usize,
-    layer: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
-) -> candle_core::Result<Tensor> {
-    let Some((&inputs, leading)) = xs.dims().split_last() else {
-        bail!("a linear layer expects an input of at least one dimension")
-    };
-    let tokens = leading.iter().product::<usize>();
-    let shape = [leading, &[outputs]].concat();
-    layer(&xs.reshape((tokens, inputs))?.contiguous()?)?.reshape(shape)
 }

@@ -18,8 +18,13 @@
 //! The adapter's side is computed in f32, or in f64 over an f64 base, and rounded once, when it
 //! is added.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod expand;
 mod frozen;
+pub(crate) mod parts;
+mod path;
+pub(crate) mod shared;
 mod thin;
 
 use candle_core::{
@@ -32,6 +37,7 @@ use candle_core::{
 use expand::Expand;
 pub(crate) use expand::compute_dtype;
 pub(crate) use frozen::FrozenLinear;
+pub use path::ComputePath;
 
 use crate::{DropoutPosition, Mask};
 
@@ -47,9 +53,30 @@ pub(crate) struct LoraLinear {
 }
 
 impl LoraLinear {
-    /// Applies the layer to `xs`, `[tokens, in]` and contiguous.
+    /// Applies the layer to `xs`, `[.., in]`.
     pub fn apply(
-        base: FrozenLinear,
+        base: &FrozenLinear,
+        xs: &Tensor,
+        (a, b): (&Tensor, &Tensor),
+        scaling: f64,
+        dropout: Option<(Mask, DropoutPosition)>,
+    ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if xs.device().is_cuda() {
+            let Some(reason) = cuda::unsupported(base) else {
+                return cuda::linear::CudaLoraLinear::new(base, (a, b), scaling, dropout)?
+                    .apply(xs, a, b);
+            };
+            tracing::debug!(reason, "lora forward, composed of candle's operations");
+        }
+        over_rows(xs, base.weight().dim(0)?, |xs| {
+            Self::apply_rows(base, xs, (a, b), scaling, dropout)
+        })
+    }
+
+    /// Applies the layer to `xs`, `[tokens, in]` and contiguous.
+    fn apply_rows(
+        base: &FrozenLinear,
         xs: &Tensor,
         (a, b): (&Tensor, &Tensor),
         scaling: f64,
@@ -60,13 +87,64 @@ impl LoraLinear {
         let hidden = thin::shrink(&input, &a.detach().to_dtype(dtype)?)?; // [tokens, rank]
         let b_transposed = b.detach().to_dtype(dtype)?.t()?.contiguous()?; // [rank, out]
         let op = Self {
-            base,
+            base: base.clone(),
             scaling,
             dropout,
             hidden,
             b_transposed,
         };
         xs.apply_op3(a, b, op)
+    }
+
+    /// How [`apply`](Self::apply) computes the layer.
+    pub fn path(
+        base: &FrozenLinear,
+        xs: &Tensor,
+        adapter: (&Tensor, &Tensor),
+        dropout: Option<(Mask, DropoutPosition)>,
+    ) -> Result<ComputePath> {
+        #[cfg(feature = "cuda")]
+        if xs.device().is_cuda() {
+            return match cuda::unsupported(base) {
+                Some(reason) => Ok(ComputePath::Composed(reason)),
+                None => cuda::linear::CudaLoraLinear::new(base, adapter, 1.0, dropout)?
+                    .path(xs)
+                    .map(|path| ComputePath::Kernels(path.to_string())),
+            };
+        }
+        let _ = (base, adapter, dropout); // the CPU has one path for all of them
+        Ok(match xs.device().is_cpu() {
+            true => ComputePath::Fused,
+            false => ComputePath::Composed("there are no kernels for this device"),
+        })
+    }
+
+    /// `dH [tokens, rank]` and `dB [out, rank]` of contiguous `dY [tokens, out]`.
+    fn low_rank_gradients(&self, dys: &Tensor) -> Result<(Tensor, Tensor)> {
+        let dys = dys.to_dtype(self.hidden.dtype())?;
+        let g = dropped(&dys, self.dropout, DropoutPosition::Post)?; // [tokens, out]
+        let db = (thin::outer(&self.hidden, &g)?.t()? * self.scaling)?;
+        let dh = (thin::shrink(&g, &self.b_transposed)? * self.scaling)?;
+        Ok((dh, db))
+    }
+
+    /// `dX [tokens, in]`, if `X` needs one.
+    fn input_gradient(
+        &self,
+        xs: &Tensor,
+        dys: &Tensor,
+        dh: &Tensor,
+        a: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        if !xs.track_op() {
+            return Ok(None);
+        }
+        let expand = Expand {
+            scaling: 1.0,
+            mask: self.mask_at(DropoutPosition::Pre),
+        };
+        let a = a.detach().to_dtype(dh.dtype())?.contiguous()?;
+        expand.add(self.base.backward(dys)?, dh, &a).map(Some)
     }
 
     /// The mask, if dropout is at `position`.
@@ -181,28 +259,13 @@ impl CustomOp3 for LoraLinear {
         _ys: &Tensor,
         dys: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let compute = self.hidden.dtype();
         let dys = dys.contiguous()?;
-        let g = dropped(&dys.to_dtype(compute)?, self.dropout, DropoutPosition::Post)?; // [tokens, out]
-        let db = (thin::outer(&self.hidden, &g)?.t()? * self.scaling)?; // [out, rank]
-        let dh = (thin::shrink(&g, &self.b_transposed)? * self.scaling)?; // [tokens, rank]
-
-        let input = xs.detach().to_dtype(compute)?;
+        let (dh, db) = self.low_rank_gradients(&dys)?;
+        let input = xs.detach().to_dtype(dh.dtype())?;
         let input = dropped(&input, self.dropout, DropoutPosition::Pre)?; // [tokens, in]
         let da = thin::outer(&dh, &input)?; // [rank, in]
-
-        let dxs = if xs.track_op() {
-            let expand = Expand {
-                scaling: 1.0,
-                mask: self.mask_at(DropoutPosition::Pre),
-            };
-            let a = a.detach().to_dtype(compute)?.contiguous()?;
-            Some(expand.add(self.base.backward(&dys)?, &dh, &a)?)
-        } else {
-            None
-        };
         Ok((
-            dxs,
+            self.input_gradient(xs, &dys, &dh, a)?,
             Some(da.to_dtype(a.dtype())?),
             Some(db.to_dtype(b.dtype())?),
         ))
@@ -219,4 +282,18 @@ fn dropped(
         Some((mask, at)) if at == position => mask.apply(xs),
         _ => Ok(xs.clone()),
     }
+}
+
+/// Applies `layer` to `xs [.., in]` seen as contiguous rows `[tokens, in]`.
+pub(crate) fn over_rows(
+    xs: &Tensor,
+    outputs: usize,
+    layer: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let Some((&inputs, leading)) = xs.dims().split_last() else {
+        bail!("a linear layer expects an input of at least one dimension")
+    };
+    let tokens = leading.iter().product::<usize>();
+    let shape = [leading, &[outputs]].concat();
+    layer(&xs.reshape((tokens, inputs))?.contiguous()?)?.reshape(shape)
 }

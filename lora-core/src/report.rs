@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::LinearLoRA;
+use crate::LoraAdapter;
 
 /// An adapter in a [`LoraReport`].
 #[derive(Clone, Debug, PartialEq)]
@@ -17,22 +17,29 @@ pub struct LoraSite {
     pub rank: usize,
     /// The adapter's alpha.
     pub alpha: f64,
+    /// What the adapter's output is multiplied by: `alpha / rank`, or with rsLoRA `alpha / √rank`.
+    pub scaling: f64,
+    /// Whether the adapter has a bias of its own.
+    pub lora_bias: bool,
 }
 
 impl LoraSite {
-    pub(crate) fn of(lora: &LinearLoRA) -> Self {
+    pub(crate) fn of(path: &str, lora: &LoraAdapter) -> Self {
         Self {
-            path: lora.path().to_string(),
+            path: path.to_string(),
             in_features: lora.lora_a().dims()[1],
             out_features: lora.lora_b().dims()[0],
             rank: lora.rank(),
             alpha: lora.alpha(),
+            scaling: lora.scaling(),
+            lora_bias: lora.lora_bias().is_some(),
         }
     }
 
-    /// The adapter's parameters: `rank · (in + out)`.
+    /// The adapter's parameters: `rank · (in + out)`, and `out` for its bias.
     pub fn parameters(&self) -> usize {
-        self.rank * (self.in_features + self.out_features)
+        let bias = if self.lora_bias { self.out_features } else { 0 };
+        self.rank * (self.in_features + self.out_features) + bias
     }
 
     /// Whether the rank exceeds what the layer can use: a product of `[out, in]` has rank
@@ -51,12 +58,17 @@ pub struct LoraReport {
     pub sites: Vec<LoraSite>,
     /// The parameters of all layers, adapters not counted; shared ones count once.
     pub base_parameters: usize,
+    /// The parameters of the base that are trained too, each in a copy of its own.
+    pub saved_parameters: usize,
+    /// What reading an adapter noticed that is no error, such as a target without tensors.
+    pub notes: Vec<String>,
 }
 
 impl LoraReport {
-    /// The parameters of all adapters: everything that is trained.
+    /// The parameters of all adapters and of what is trained with them: everything that is trained.
     pub fn trainable_parameters(&self) -> usize {
-        self.sites.iter().map(LoraSite::parameters).sum()
+        let adapters: usize = self.sites.iter().map(LoraSite::parameters).sum();
+        adapters + self.saved_parameters
     }
 }
 
@@ -84,6 +96,10 @@ impl fmt::Display for LoraReport {
             }
             writeln!(f)?;
         }
+        if self.saved_parameters > 0 {
+            let copies = "copies of the base's own";
+            writeln!(f, "{copies:width$}  {:>39}", self.saved_parameters)?;
+        }
         let trainable = self.trainable_parameters();
         let all = self.base_parameters + trainable;
         let share = 100.0 * trainable as f64 / all.max(1) as f64;
@@ -91,6 +107,9 @@ impl fmt::Display for LoraReport {
             f,
             "{} layers; trainable parameters: {trainable} of {all} ({share:.3} %)",
             self.sites.len(),
-        )
+        )?;
+        self.notes
+            .iter()
+            .try_for_each(|note| write!(f, "\nnote: {note}"))
     }
 }

@@ -60,7 +60,14 @@ pub const fn check_target(tree: &TargetTree, model: &str, pattern: &str) {
 pub const fn no_match(tree: &TargetTree, model: &str, pattern: &str) -> Message {
     let mut nearest = Nearest::new(pattern);
     nearest.offer_tree(tree, Path::ROOT);
-    nearest.message(model)
+    nearest.message("", model)
+}
+
+/// Those of `names` that come nearest to `name`, for a sentence.
+pub(crate) fn nearest_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> String {
+    let mut nearest = Nearest::new(name);
+    names.for_each(|name| nearest.offer(name));
+    nearest.offers()
 }
 
 /// The paths that come nearest to a pattern, best first.
@@ -87,10 +94,12 @@ impl<'a> Nearest<'a> {
         self.offer_path(Path::ROOT.join(path));
     }
 
-    /// The sentence.
-    pub const fn message(&self, model: &str) -> Message {
+    /// The sentence; `which` stands before the model's name.
+    pub const fn message(&self, which: &str, model: &str) -> Message {
         let mut message = Message::new();
-        message.push("no linear layer of `");
+        message.push("no linear layer of ");
+        message.push(which);
+        message.push("`");
         message.push(model);
         message.push("` matches `");
         message.push(self.pattern);
@@ -111,6 +120,16 @@ impl<'a> Nearest<'a> {
             i += 1;
         }
         message
+    }
+
+    /// The paths, for a sentence of another kind.
+    pub fn offers(&self) -> String {
+        let quoted = |path: &Path| format!("`{}`", String::from_utf8_lossy(path.as_bytes()));
+        let offers: Vec<String> = self.best[..self.count].iter().map(quoted).collect();
+        match offers.is_empty() {
+            true => "none".to_string(),
+            false => offers.join(", "),
+        }
     }
 
     const fn offer_tree(&mut self, tree: &TargetTree, path: Path) {

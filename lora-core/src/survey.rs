@@ -12,17 +12,27 @@ pub(crate) struct Site {
     pub head: bool,
     pub weight: Tensor,
     pub bias: Option<Tensor>,
-    pub adapted: bool,
+}
+
+/// A parameter of a model, be it of a linear layer or of another.
+pub(crate) struct Parameter {
+    /// The path of its module.
+    pub path: String,
+    /// Its name in the module: `weight` or `bias`.
+    pub name: String,
+    pub tensor: Tensor,
 }
 
 /// The linear layers of a model in declaration order, and the size of everything.
 #[derive(Default)]
 pub(crate) struct Survey {
     pub sites: Vec<Site>,
+    /// Everything that could be trained, adapters not counted, in declaration order.
+    pub tensors: Vec<Parameter>,
     /// Numbers in all layers, adapters not counted; a tensor that two layers share counts once.
     pub parameters: usize,
     paths: HashSet<String>,
-    tensors: HashSet<TensorId>,
+    counted: HashSet<TensorId>,
 }
 
 impl Survey {
@@ -33,10 +43,15 @@ impl Survey {
         Ok(survey)
     }
 
-    fn count(&mut self, tensor: &Tensor) {
-        if self.tensors.insert(tensor.id()) {
+    fn add(&mut self, path: &ModulePath, name: &str, tensor: &Tensor) {
+        if self.counted.insert(tensor.id()) {
             self.parameters += tensor.elem_count();
         }
+        self.tensors.push(Parameter {
+            path: path.to_string(),
+            name: name.to_string(),
+            tensor: tensor.clone(),
+        });
     }
 }
 
@@ -57,26 +72,25 @@ impl Visitor for Survey {
             );
             return Err(Error::module(path, reason));
         }
-        let (weight, bias) = match linear.lora() {
+        let (weight, bias) = match linear.adapted() {
             Some(lora) => (lora.weight(), lora.bias()),
             None => (linear.weight(), linear.bias()),
         };
-        self.count(weight);
+        self.add(path, "weight", weight);
         if let Some(bias) = bias {
-            self.count(bias);
+            self.add(path, "bias", bias);
         }
         self.sites.push(Site {
             path: path.to_string(),
             head: path.is_head(),
             weight: weight.clone(),
             bias: bias.cloned(),
-            adapted: linear.lora().is_some(),
         });
         Ok(())
     }
 
-    fn parameter(&mut self, _: &ModulePath, _: &str, tensor: &mut Tensor) -> Result<()> {
-        self.count(tensor);
+    fn parameter(&mut self, path: &ModulePath, name: &str, tensor: &mut Tensor) -> Result<()> {
+        self.add(path, name, tensor);
         Ok(())
     }
 }

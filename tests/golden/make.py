@@ -14,14 +14,17 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
+import folders
 import init
 import linear
 import llama
 import matching
 import philox
+import several
+import settings
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
-for part in (linear, llama, matching, init, philox):
+for part in (linear, llama, matching, init, philox, settings, several, folders):
     part.write()
     print(f"{part.__name__}: written")

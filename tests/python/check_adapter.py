@@ -14,37 +14,15 @@ the ids given by --ids are run. Prints one line. Needs ../golden/requirements.tx
 """
 
 import argparse
-import logging
-import os
 import sys
-import warnings
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+from strict import Fail, check_tensors, no_warnings  # first: it keeps transformers offline
 
 import torch
-import transformers
-from peft import PeftModel, __version__ as peft_version, get_peft_model_state_dict
+from peft import PeftModel, __version__ as peft_version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-
-class Fail(Exception):
-    pass
-
-
-class RaiseOnWarning(logging.Handler):
-    def emit(self, record):
-        raise Fail(f"logged by {record.name}: {record.getMessage()}")
-
-
-def forbid_warnings():
-    warnings.simplefilter("error")
-    # transformers calls a property of its own that it deprecated.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    transformers.utils.logging.disable_progress_bar()
-    for name in (None, "torch", "transformers", "peft", "huggingface_hub"):
-        logging.getLogger(name).addHandler(RaiseOnWarning(level=logging.WARNING))
 
 
 def arguments():
@@ -55,17 +33,6 @@ def arguments():
     p.add_argument("--ids", default="1,2,3,4,5", help="token ids, when there is no --logits")
     p.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference of a logit")
     return p.parse_args()
-
-
-def check_tensors(model, file):
-    """Every tensor of the file is in the model, bit for bit, and the other way round."""
-    held = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing, unexpected = sorted(held.keys() - file.keys()), sorted(file.keys() - held.keys())
-    if missing or unexpected:
-        raise Fail(f"missing in the file: {missing}; not used by PEFT: {unexpected}")
-    for name, tensor in file.items():
-        if held[name].shape != tensor.shape or not torch.equal(held[name], tensor.to(held[name].dtype)):
-            raise Fail(f"{name}: the model holds other values than the file")
 
 
 def run(args):
@@ -98,9 +65,9 @@ def run(args):
 
 def main():
     args = arguments()
-    forbid_warnings()
     try:
-        print(f"{args.adapter}: {run(args)}")
+        with no_warnings():
+            print(f"{args.adapter}: {run(args)}")
     except (Fail, Warning, OSError, ValueError, RuntimeError, KeyError) as error:
         text = " ".join(str(error).split())
         sys.exit(f"{args.adapter}: {type(error).__name__}: {text[:1000]}")

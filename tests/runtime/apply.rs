@@ -159,11 +159,11 @@ fn what_cannot_be_adapted_is_an_error_and_changes_nothing() {
         ),
         (
             PeftConfig::new(["model.layers.2.*"]),
-            "no linear layer of `this Model` matches `model.layers.2.*`; nearest: `model.layers.",
+            "no linear layer of this `Model` matches `model.layers.2.*`; nearest: `model.layers.",
         ),
         (
             PeftConfig::new(["gate"]),
-            "no linear layer of `this Model` matches `gate`",
+            "no linear layer of this `Model` matches `gate`",
         ),
         (
             PeftConfig::new(["q_proj"]).exclude(["o_proj"]),
@@ -171,7 +171,7 @@ fn what_cannot_be_adapted_is_an_error_and_changes_nothing() {
         ),
         (
             PeftConfig::new(["re:.*k_proj"]),
-            "no linear layer of `this Model` matches `re:.*k_proj`",
+            "no linear layer of this `Model` matches `re:.*k_proj`",
         ),
         (
             PeftConfig::new(["re:("]),

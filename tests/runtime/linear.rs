@@ -413,3 +413,17 @@ fn errors_name_the_layer() {
         "{cube}"
     );
 }
+
+#[test]
+fn the_compute_path_is_told() -> lora_core::Result<()> {
+    let case = Case::new(&[5], 7, 11, 3);
+    let path = |fused| -> lora_core::Result<String> {
+        let layer = case.layer(DType::F32, fused)?;
+        Ok(layer.compute_path(&case.input(DType::F32))?.to_string())
+    };
+    assert_eq!(path(true)?, "fused");
+    assert_eq!(path(false)?, "composed: use_fused is off");
+    let layer = case.layer(DType::F32, true)?;
+    assert!(layer.compute_path(&randn(1, (5, 8), DType::F32)).is_err());
+    Ok(())
+}

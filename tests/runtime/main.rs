@@ -7,4 +7,5 @@ mod golden;
 mod linear;
 mod llama;
 mod model;
+mod shared;
 mod verbs;

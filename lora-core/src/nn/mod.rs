@@ -9,6 +9,7 @@ mod linear;
 mod norm;
 mod rms_norm;
 mod rotary;
+mod shared;
 mod softmax;
 mod swiglu;
 pub mod with_tracing;
@@ -25,6 +26,7 @@ pub use layer_norm::{LayerNorm, layer_norm, layer_norm_no_bias};
 pub use linear::{Linear, linear, linear_b, linear_no_bias};
 pub use rms_norm::{RmsNorm, rms_norm};
 pub use rotary::{rope, rope_i, rope_thd};
+pub use shared::forward_shared;
 pub use softmax::{softmax, softmax_last_dim};
 pub use swiglu::swiglu;
 

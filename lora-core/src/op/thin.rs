@@ -44,7 +44,7 @@ macro_rules! over_floats {
     };
 }
 
-struct Shrink;
+pub(super) struct Shrink;
 
 impl Shrink {
     fn run<T: Accumulator>(xs: &[T], a: &[T], [tokens, width, rank]: [usize; 3]) -> Vec<T> {

@@ -29,7 +29,9 @@ pub(crate) fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) 
     let Some((start, end)) = layout.contiguous_offsets() else {
         bail!("a fused op got a tensor that is not contiguous: {layout:?}")
     };
-    Ok(&storage.as_slice::<T>()?[start..end])
+    let all = storage.as_slice::<T>()?;
+    // An empty view may start beyond the end of an empty storage.
+    Ok(if start == end { &[] } else { &all[start..end] })
 }
 
 /// A CPU tensor that is being read.

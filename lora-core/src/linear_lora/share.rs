@@ -1,0 +1,138 @@
+//! How a layer is computed: by which path, and whether together with others.
+
+use candle_core::{Result, Tensor, bail};
+
+use super::LinearLoRA;
+use crate::{
+    DropoutPosition, LoraAdapter,
+    op::{ComputePath, LoraLinear, shared::Member},
+    selection::{Choice, Pick},
+};
+
+/// What acts on a layer in a forward pass.
+pub(super) enum Acting<'a> {
+    /// The frozen base alone.
+    Base,
+    /// One adapter on all rows, without a bias, and what it is multiplied by beside its scaling.
+    One(&'a LoraAdapter, f64),
+    /// Several adapters, one with a bias, or one for each row.
+    Parts,
+    /// A weight or a bias trained in the place of the base's.
+    Trained,
+}
+
+impl LinearLoRA {
+    /// What the calling thread's forward pass selects for this layer.
+    pub(super) fn choice(&self) -> Result<Choice> {
+        match self.enabled {
+            true => self.switch.choice(),
+            false => Ok(Choice::none()),
+        }
+    }
+
+    pub(super) fn acting(&self, choice: &Choice) -> Acting<'_> {
+        let picks: &[Pick] = match choice {
+            Choice::Sum(picks) => picks,
+            Choice::Rows(rows) => match rows.single() {
+                Some(pick) => std::slice::from_ref(pick),
+                None => return Acting::Parts,
+            },
+        };
+        if picks.iter().any(|pick| self.trained(pick.id).is_some()) {
+            return Acting::Trained;
+        }
+        let mut loras = picks.iter().filter_map(|pick| {
+            let lora = self.lora(pick.id).filter(|lora| !lora.is_idle())?;
+            Some((lora, pick.weight))
+        });
+        match (loras.next(), loras.next()) {
+            (None, _) => Acting::Base,
+            (Some((lora, weight)), None) if lora.lora_bias().is_none() => Acting::One(lora, weight),
+            _ => Acting::Parts,
+        }
+    }
+
+    /// How the layer would compute its output for `xs`, and why not faster. The same is told with
+    /// every forward pass on a CUDA device, by `tracing` at its debug level.
+    ///
+    /// # Errors
+    /// If `xs` is no input of this layer, or what is selected can't act.
+    pub fn compute_path(&self, xs: &Tensor) -> Result<ComputePath> {
+        self.check_input(xs)?;
+        match self.acting(&self.choice()?) {
+            Acting::Base => Ok(ComputePath::Base),
+            Acting::One(lora, _) if !lora.is_fused() => {
+                Ok(ComputePath::Composed("use_fused is off"))
+            }
+            Acting::One(lora, _) => {
+                let adapter = (lora.lora_a().as_tensor(), lora.lora_b().as_tensor());
+                LoraLinear::path(&self.base, xs, adapter, lora.next_mask())
+            }
+            Acting::Parts if xs.device().is_cpu() => Ok(ComputePath::Fused),
+            Acting::Parts => Ok(ComputePath::Composed(
+                "there are kernels for one adapter without a bias on all rows",
+            )),
+            Acting::Trained => Ok(ComputePath::Composed("a weight of the layer is trained")),
+        }
+    }
+
+    /// Whether `xs` has the width and the type of the weight.
+    pub(crate) fn check_input(&self, xs: &Tensor) -> Result<()> {
+        let inputs = self.weight().dim(1)?;
+        if xs.dims().last() != Some(&inputs) || xs.dtype() != self.weight().dtype() {
+            bail!(
+                "{}: the input is {:?} of {}; it must be [.., {inputs}] of {}",
+                self.path,
+                xs.dims(),
+                xs.dtype().as_str(),
+                self.weight().dtype().as_str(),
+            );
+        }
+        Ok(())
+    }
+
+    /// The layer as one of several on one input, if it can be.
+    pub(crate) fn sharing(&self) -> Result<Option<Sharing<'_>>> {
+        Ok(match self.acting(&self.choice()?) {
+            Acting::One(lora, weight) if lora.is_fused() && !lora.drops_input() => Some(Sharing {
+                layer: self,
+                lora,
+                weight,
+            }),
+            _ => None,
+        })
+    }
+}
+
+/// A layer that can run together with others on one input.
+#[derive(Clone, Copy)]
+pub(crate) struct Sharing<'a> {
+    layer: &'a LinearLoRA,
+    lora: &'a LoraAdapter,
+    weight: f64,
+}
+
+impl<'a> Sharing<'a> {
+    pub fn check_input(&self, xs: &Tensor) -> Result<()> {
+        self.layer.check_input(xs)
+    }
+
+    /// With the next dropout mask.
+    pub fn member(&self) -> Member<'a> {
+        Member {
+            base: &self.layer.base,
+            a: self.lora.lora_a().as_tensor(),
+            b: self.lora.lora_b().as_tensor(),
+            scaling: self.lora.scaling() * self.weight,
+            dropout: self.lora.mask().map(|(mask, _)| mask),
+        }
+    }
+}
+
+impl LoraAdapter {
+    /// Whether the next forward pass drops elements of the input.
+    fn drops_input(&self) -> bool {
+        let mask = self.next_mask();
+        mask.is_some_and(|(_, position)| position == DropoutPosition::Pre)
+    }
+}
