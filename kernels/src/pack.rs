@@ -61,6 +61,7 @@ impl<'a, P> Source<'a, P> {
         Self {
             rows: width,
             cols: rank,
+            transpose: false,
             ..Self::a_cols(data, rank, width)
         }
     }
