@@ -132,8 +132,16 @@ impl Kernels {
             .filter(|_| hopper)
             .map(|mask| launcher.bits((rows, in_features), mask))
             .transpose()?;
+        let again;
+        let packed = match &saved.packed {
+            Some(packed) => packed,
+            None => {
+                again = linear.pack(&launcher, false)?;
+                &again
+            }
+        };
         let down = Down {
-            p: &saved.packed.b_rows(),
+            p: &packed.b_rows(),
             scales: &scales,
             s: &mut columns,
             bits: bits.as_mut(),
@@ -146,7 +154,7 @@ impl Kernels {
         let (dxs, parts) = match input {
             InputGradient::Wanted => {
                 let (dxs, parts) =
-                    launcher.input_gradient(dys, &ds, linear, &saved.packed, masking, side)?;
+                    launcher.input_gradient(dys, &ds, linear, packed, masking, side)?;
                 (Some(dxs), parts)
             }
             InputGradient::Skipped => (None, Parts::default()),
@@ -206,7 +214,7 @@ impl Launcher<'_> {
                 };
                 self.fused(fused, &mut dxs)?
             }
-            Path::General(_) => {
+            Path::Decode | Path::General(_) => {
                 let again; // where the forward took the Hopper path, which needs no such layout
                 let a = match packed.a_cols() {
                     Some(a) => a,

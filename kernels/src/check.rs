@@ -136,6 +136,12 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
     if arch == "sm_90a" {
         let base = [("DTYPE", 1), ("ALIGNED", 1)];
         all.push((Kernel::Bits, base.to_vec()));
+        for (tiles, ranks) in [(1, 16), (1, 128), (2, 16), (2, 64), (4, 16), (4, 32)] {
+            for adapter_f32 in [0, 1] {
+                let options = [("NT", tiles), ("RT", ranks), ("ADAPTER_F32", adapter_f32)];
+                all.push((Kernel::Decode, [&base[..], &options[..]].concat()));
+            }
+        }
         for ranks in [16, 32, 64] {
             for (down, dropout, bits) in [
                 (0, 0, 0),
@@ -145,7 +151,12 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
                 (1, 0, 1),
                 (1, 1, 0),
             ] {
-                if down == 0 || ranks as usize <= sweep::both(dropout == 1) {
+                let most = match (down, bits) {
+                    (0, _) => sweep::ONE,
+                    (_, 1) => sweep::DRAWING,
+                    _ => sweep::both(dropout == 1),
+                };
+                if ranks as usize <= most {
                     let options = [("DROPOUT", dropout), ("RT", ranks)];
                     let products = [("DOWN", down), ("BITS", bits)];
                     all.push((Kernel::Sweep, [base, options, products].concat()));

@@ -31,7 +31,8 @@ pub struct Forward<T> {
 pub struct Saved<T> {
     /// `[tokens, padded_rank]`
     pub(crate) s: CudaSlice<T>,
-    pub(crate) packed: Packed<T>,
+    /// None of a decode, which reads the adapter as it is kept.
+    pub(crate) packed: Option<Packed<T>>,
 }
 
 impl Kernels {
@@ -57,6 +58,14 @@ impl Kernels {
         let cols = padded_rank(linear.rank);
         let mut s = launcher.alloc("the rank-sized product", xs.rows * cols)?;
         let mut ys = launcher.alloc("the output", xs.rows * linear.out_features)?;
+        if linear.decodes(&launcher, xs) {
+            launcher.decode(xs, linear, (&mut ys, &mut s))?;
+            let packed = None;
+            return Ok(Forward {
+                ys,
+                saved: Saved { s, packed },
+            });
+        }
         let path = linear.path(&launcher, Product::Forward, xs);
         let packed = linear.pack(&launcher, path != Path::Hopper)?;
         let mut columns = RowsMut {
@@ -71,7 +80,10 @@ impl Kernels {
         launcher.output(xs, &low, linear, &packed, path, &mut ys)?;
         Ok(Forward {
             ys,
-            saved: Saved { s, packed },
+            saved: Saved {
+                s,
+                packed: Some(packed),
+            },
         })
     }
 
@@ -148,7 +160,7 @@ impl Launcher<'_> {
                 };
                 self.fused(fused, ys).map(drop)
             }
-            Path::General(_) => {
+            Path::Decode | Path::General(_) => {
                 self.expand(s, &b, bias, mask, (ys, linear.out_features))?;
                 self.accumulate(Product::Forward, xs, linear, ys)
             }

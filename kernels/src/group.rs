@@ -15,6 +15,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
 use crate::backward::InputGradient;
+use crate::columns::{Columns, GroupLayout};
 use crate::dropout::{Dropout, Place};
 use crate::element::Element;
 use crate::error::{Error, Result, expect_size};
@@ -27,108 +28,9 @@ use crate::masking::Masking;
 use crate::pack::Source;
 use crate::path::Path;
 use crate::reduce::Sum;
-use crate::rows::{Rows, padded_rank};
+use crate::rows::Rows;
 use crate::skinny::{RowsMut, Scales};
 use crate::sweep::Down;
-
-/// Where the members of a group stand in its S and dS.
-///
-/// ```
-/// use lora_kernels::GroupLayout;
-///
-/// let layout = GroupLayout::new(&[16, 8, 24])?;
-/// assert_eq!(layout.width(), 64);
-/// let offsets: Vec<usize> = layout.columns().iter().map(|c| c.offset()).collect();
-/// assert_eq!(offsets, [0, 16, 32]);
-/// # Ok::<(), lora_kernels::Error>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct GroupLayout {
-    columns: Vec<Columns>,
-    width: usize,
-}
-
-/// The columns of one member: `offset .. offset + rank` of `width`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Columns {
-    offset: usize,
-    rank: usize,
-    width: usize,
-}
-
-impl GroupLayout {
-    /// The layout of members with these ranks, in this order; each starts on a multiple of 16.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for no members, a rank of 0, or more than 1024 ranks (padded) in all.
-    pub fn new(ranks: &[usize]) -> Result<Self> {
-        let sum: usize = ranks.iter().map(|&rank| padded_rank(rank)).sum();
-        let width = padded_rank(sum);
-        if ranks.is_empty() || ranks.contains(&0) || width > 16 * Scales::LEN {
-            return Err(Error::Shape {
-                what: "ranks of a group",
-                expected: format!("1 or more each, up to {} in all", 16 * Scales::LEN),
-                found: format!("{ranks:?}"),
-            });
-        }
-        let mut offset = 0;
-        let columns = ranks
-            .iter()
-            .map(|&rank| {
-                let columns = Columns {
-                    offset,
-                    rank,
-                    width,
-                };
-                offset += padded_rank(rank);
-                columns
-            })
-            .collect();
-        Ok(Self { columns, width })
-    }
-
-    /// Width of S and dS: the padded ranks of all members, rounded up.
-    pub fn width(&self) -> usize {
-        self.width
-    }
-
-    /// The columns of each member.
-    pub fn columns(&self) -> &[Columns] {
-        &self.columns
-    }
-}
-
-impl Columns {
-    /// The first column.
-    pub fn offset(&self) -> usize {
-        self.offset
-    }
-
-    /// Rank of the member; its columns are padded with zeros in S.
-    pub fn rank(&self) -> usize {
-        self.rank
-    }
-
-    /// Width of the whole S.
-    pub fn width(&self) -> usize {
-        self.width
-    }
-
-    fn padded(&self) -> usize {
-        padded_rank(self.rank)
-    }
-
-    /// This member's part of a whole `[rows, width]`.
-    fn of<'a, T>(&self, whole: &'a CudaView<'a, T>, rows: usize) -> Result<Rows<'a, T>> {
-        expect_size("S or dS of the group", rows * self.width, whole.len())?;
-        Ok(Rows {
-            data: whole.slice(self.offset.min(whole.len())..),
-            rows,
-            cols: self.padded(),
-            stride: self.width,
-        })
-    }
-}
 
 /// The half of an adapter that reads the shared input.
 #[derive(Debug)]
@@ -174,19 +76,19 @@ impl Kernels {
         for (member, columns) in members.iter().zip(layout.columns()) {
             expect_size("adapter A", member.rank * xs.cols, member.a.len())?;
             sources.push(Source::a_rows(&member.a, member.rank, xs.cols));
-            let end = columns.offset + columns.padded();
-            scales.set(columns.offset / 16..end / 16, member.scaling);
+            let end = columns.offset() + columns.padded();
+            scales.set(columns.offset() / 16..end / 16, member.scaling);
         }
         // The last member is padded up to the width.
         if let (Some(source), Some(last)) = (sources.last_mut(), layout.columns().last()) {
-            source.packed_rows = layout.width - last.offset;
+            source.packed_rows = layout.width() - last.offset();
         }
-        let mut s = launcher.alloc("the rank-sized products", xs.rows * layout.width)?;
+        let mut s = launcher.alloc("the rank-sized products", xs.rows * layout.width())?;
         let packed = launcher.pack::<T, P>(&sources)?;
         let mut columns = RowsMut {
             data: s.as_view_mut(),
-            cols: layout.width,
-            stride: layout.width,
+            cols: layout.width(),
+            stride: layout.width(),
         };
         launcher.shrink(xs, &packed.all(), &scales, None, &mut columns)?;
         Ok(s)
@@ -242,18 +144,18 @@ impl Kernels {
         linear.check_output_gradient(dys)?;
         linear.check_columns(columns)?;
         let s = columns.of(s, rows)?;
-        expect_size("dS of the group", rows * columns.width, ds.len())?;
+        expect_size("dS of the group", rows * columns.width(), ds.len())?;
         let launcher = Launcher {
             kernels: self,
             stream,
         };
         let post = Dropout::at(linear.dropout, Place::Post);
         let mut b = launcher.alloc("the gradient of B", linear.out_features * linear.rank)?;
-        let offset = columns.offset.min(ds.len());
+        let offset = columns.offset().min(ds.len());
         let mut into = RowsMut {
             data: ds.slice_mut(offset..),
             cols: columns.padded(),
-            stride: columns.width,
+            stride: columns.width(),
         };
         let scales = Scales::all(linear.scaling);
         let down = Down {
@@ -303,7 +205,7 @@ impl Kernels {
         layout: &GroupLayout,
     ) -> Result<Vec<CudaSlice<P>>> {
         xs.check("input")?;
-        expect_size("dS of the group", xs.rows * layout.width, ds.len())?;
+        expect_size("dS of the group", xs.rows * layout.width(), ds.len())?;
         let launcher = Launcher {
             kernels: self,
             stream,
@@ -311,9 +213,9 @@ impl Kernels {
         let mut grads = layout
             .columns()
             .iter()
-            .map(|columns| launcher.alloc("a gradient of A", columns.rank * xs.cols))
+            .map(|columns| launcher.alloc("a gradient of A", columns.rank() * xs.cols))
             .collect::<Result<Vec<CudaSlice<P>>>>()?;
-        let ds = Rows::packed(ds.slice(..), xs.rows, layout.width);
+        let ds = Rows::packed(ds.slice(..), xs.rows, layout.width());
         let partial = launcher.outer(xs, &ds, Masking::Off)?;
         let mut views: Vec<_> = grads.iter_mut().map(|grad| grad.as_view_mut()).collect();
         let mut sums: Vec<_> = views
@@ -321,8 +223,8 @@ impl Kernels {
             .zip(layout.columns())
             .map(|(grad, columns)| Sum {
                 partial: &partial,
-                first_rank: columns.offset,
-                rank: columns.rank,
+                first_rank: columns.offset(),
+                rank: columns.rank(),
                 transpose: false,
                 grad,
             })
@@ -334,7 +236,7 @@ impl Kernels {
 
 impl<T: Element, P: Element> LoraLinear<'_, T, P> {
     fn check_columns(&self, columns: Columns) -> Result<()> {
-        expect_size("rank of the member", self.rank, columns.rank)?;
+        expect_size("rank of the member", self.rank, columns.rank())?;
         match Dropout::at(self.dropout, Place::Pre) {
             Some(_) => Err(Error::GroupedDropout),
             None => Ok(()),

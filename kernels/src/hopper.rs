@@ -19,10 +19,11 @@ const CLUSTER: usize = 2;
 const TILE: usize = 256;
 const DEPTH: usize = 64;
 const STAGES: usize = 4;
-const STORE_BYTES: usize = 2 * 2 * 64 * 64 * 2;
+const STORE_BYTES: usize = 8 * 2 * 16 * 64 * 2;
 const SHARED_BYTES: usize = STAGES * (128 + 256) * DEPTH * 2 + STORE_BYTES;
 const SIDE_BOX_ROWS: usize = 32;
-const SIDE_RING_BYTES: usize = 8 * 4 * SIDE_BOX_ROWS * 64 * 2;
+/// A ring of boxes and the bits of their masks.
+const SIDE_RING_BYTES: usize = 8 * 4 * (SIDE_BOX_ROWS * 64 * 2 + 512);
 
 /// Multiplications of the tensor cores of the whole card while one block of side work reads a byte:
 /// about 770 TFLOP/s against 48 GB/s, measured beside full tiles on an H200.
@@ -195,7 +196,7 @@ impl Launcher<'_> {
             map(p_at, rank, cols, padded_width(cols), DEPTH)?
         };
         let (out_at, out_guard) = out.device_ptr_mut(self.stream);
-        let out_map = map(out_at, rows, cols, cols, 64)?;
+        let out_map = map(out_at, rows, cols, cols, 16)?;
 
         let tiles = rows.div_ceil(TILE) * cols.div_ceil(TILE);
         let tile_blocks =

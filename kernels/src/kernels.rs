@@ -45,6 +45,7 @@ pub(crate) enum Kernel {
     Sweep,
     Bits,
     Gemm,
+    Decode,
 }
 
 impl Kernel {
@@ -58,6 +59,7 @@ impl Kernel {
             Self::Sweep => "sweep",
             Self::Bits => "bits",
             Self::Gemm => "gemm",
+            Self::Decode => "decode",
         }
     }
 
@@ -91,7 +93,15 @@ impl Kernel {
             Self::Reduce => with_tile!("reduce.cu"),
             Self::Sweep => with_hopper!("sweep.cu"),
             Self::Bits => with_hopper!("bits.cu"),
-            Self::Gemm => with_hopper!("gemm.cu"),
+            Self::Gemm => joined!(
+                "gemm.cu",
+                "tile.cuh",
+                "hopper.cuh",
+                "wgmma.cuh",
+                "rank.cuh",
+                "side.cuh"
+            ),
+            Self::Decode => with_tile!("decode.cu"),
         }
     }
 }

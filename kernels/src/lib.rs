@@ -29,18 +29,29 @@
 //! [`Kernels::forward_path`] and [`Kernels::backward_path`] tell which one a layer takes, and why not
 //! the faster one.
 //! - **Hopper** (compute capability 9.0): one persistent kernel (TMA and wgmma) makes the base product,
-//!   adds bias and the adapter's part in the f32 sums and rounds once. In backward, multiprocessors
-//!   that the tiles leave over make the gradients of the adapter meanwhile.
+//!   adds bias and the adapter's part in the f32 sums and rounds once. In backward, one pass over `dY`
+//!   makes `dS` and `dB`, and multiprocessors that the tiles of `dx` leave over make `dA` meanwhile.
+//! - **Decode** (9.0, forward of up to 32 tokens without dropout): one launch for all of it, which
+//!   reads `W` once and the adapter as it is kept.
 //! - **General** (8.0 and newer): one-pass kernels write the adapter's part, and cuBLASLt adds the base
 //!   product to it.
 //!
-//! Both are deterministic: no float atomics, sums in a fixed order. cuBLASLt's algorithm is chosen by
+//! All are deterministic: no float atomics, sums in a fixed order. cuBLASLt's algorithm is chosen by
 //! timing at the first use of a large shape, so another process may round differently on the general
 //! path.
 //!
 //! Kernels are compiled by NVRTC for the card found when they are first needed, and cached in
 //! `$LORA_KERNELS_CACHE` or the user's cache folder. Building this crate needs neither a GPU nor a
 //! CUDA toolkit; running it needs the driver, NVRTC and cuBLASLt.
+//!
+//! From Hopper on a kernel starts while the one before it in the stream drains (programmatic
+//! dependent launch), if both are of this crate; that needs no care of the caller.
+//!
+//! # Shared input
+//! Linears that read the same `x` (q, k and v; gate and up) need one pass over it for all their `S`
+//! and one for all their `dA`: [`Kernels::shrink_group`], then [`Kernels::forward_from`] for each;
+//! [`Kernels::backward_from`] for each, then [`Kernels::outer_group`]. `S` and `dS` of a group are plain
+//! matrices `[tokens, width]` by [`GroupLayout`].
 //!
 //! # Example
 //! ```
@@ -77,7 +88,9 @@
 
 mod backward;
 mod check;
+mod columns;
 mod cubin;
+mod decode;
 mod dropout;
 mod element;
 mod error;
@@ -100,12 +113,13 @@ mod tensor_map;
 
 pub use backward::{Gradients, InputGradient};
 pub use check::compile_all;
+pub use columns::{Columns, GroupLayout};
 pub use dropout::{Dropout, Place};
 pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use forward::{Forward, Saved};
 pub use gemm::F32Math;
-pub use group::{Columns, GroupLayout, Grouped, Member};
+pub use group::{Grouped, Member};
 pub use kernels::{Kernels, first_device};
 pub use linear::{LoraLinear, Packed};
 pub use memory::MemoryPool;

@@ -89,14 +89,14 @@ impl Kernels {
         xs: &Rows<T>,
         linear: &LoraLinear<T, P>,
     ) -> Path {
-        linear.path(
-            &Launcher {
-                kernels: self,
-                stream,
-            },
-            Product::Forward,
-            xs,
-        )
+        let launcher = Launcher {
+            kernels: self,
+            stream,
+        };
+        if linear.decodes(&launcher, xs) {
+            return Path::Decode;
+        }
+        linear.path(&launcher, Product::Forward, xs)
     }
 
     /// How [`Kernels::backward`] computes the gradient of the input, and why not faster.
@@ -133,6 +133,11 @@ impl<T: Element, P: Element> LoraLinear<'_, T, P> {
             matrices: launcher.pack(&sources[..count])?,
             has_a_cols: a_cols,
         })
+    }
+
+    pub(crate) fn decodes(&self, launcher: &Launcher, xs: &Rows<T>) -> bool {
+        let masked = |place| Dropout::at(self.dropout, place).is_some();
+        launcher.decodes(xs, self, masked(Place::Pre) || masked(Place::Post))
     }
 
     pub(crate) fn path(&self, launcher: &Launcher, product: Product, input: &Rows<T>) -> Path {

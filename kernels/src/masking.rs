@@ -94,7 +94,10 @@ impl Launcher<'_> {
     /// Room for the bits of a mask of `[rows, cols]`, which are still to be drawn.
     pub fn bits(&self, (rows, cols): (usize, usize), mask: Mask) -> Result<Bits> {
         Ok(Bits {
-            keep: self.alloc("the bits of a mask", rows * cols.div_ceil(128) * 4)?,
+            keep: self.alloc(
+                "the bits of a mask",
+                rows.div_ceil(32) * 32 * cols.div_ceil(128) * 4,
+            )?,
             rows,
             cols,
             mask,

@@ -7,6 +7,8 @@ use std::fmt;
 pub enum Path {
     /// One kernel for the base product and the adapter's part (TMA and wgmma).
     Hopper,
+    /// One kernel that reads the weight once, for few tokens (Hopper, forward).
+    Decode,
     /// The adapter's part first, then cuBLASLt adds the base product to it.
     General(Reason),
 }
@@ -44,6 +46,7 @@ impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Hopper => f.write_str("hopper"),
+            Self::Decode => f.write_str("decode"),
             Self::General(reason) => write!(f, "general ({reason})"),
         }
     }

@@ -10,6 +10,8 @@ use crate::skinny::Partial;
 
 /// Gradients of one launch, as in reduce.cu.
 const JOBS: usize = 8;
+const ELEMENTS: usize = 64;
+const THREADS: u32 = 256;
 
 /// A gradient and where its partial sums are.
 pub(crate) struct Sum<'a, 'b, P> {
@@ -64,8 +66,8 @@ impl Launcher<'_> {
                     transpose: i32::from(transpose),
                 };
             }
-            let blocks = largest.div_ceil(128).clamp(1, 1024) as u32;
-            let grid = Grid::new([blocks, count, 1], 128);
+            let blocks = largest.div_ceil(4 * ELEMENTS).clamp(1, 4096) as u32;
+            let grid = Grid::new([blocks, count, 1], THREADS);
             // SAFETY: arguments in the order of reduce.cu; the partial sums have the sizes of their
             // jobs and the gradients were checked to have rank * cols elements.
             unsafe { self.launch("launch of reduce", &function, grid, &[arg(&jobs)]) }?;

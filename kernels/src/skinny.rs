@@ -120,16 +120,19 @@ impl Launcher<'_> {
     pub fn shrink_and_outer<T: Element>(
         &self,
         z: &Rows<T>,
-        down: Down<T>,
+        mut down: Down<T>,
         q: &Rows<T>,
         mask: Option<Mask>,
     ) -> Result<Option<Partial>> {
-        if self.sweeps(z, q.cols, sweep::both(mask.is_some())) {
+        let sweeps = self.sweeps(z, q.cols, sweep::both(mask.is_some()));
+        if (!sweeps || q.cols > sweep::DRAWING)
+            && let Some(bits) = down.bits.take()
+        {
+            self.draw(bits)?;
+        }
+        if sweeps {
             let partial = self.sweep(z, q, Some(down), Masking::drawn(mask))?;
             return Ok(Some(partial));
-        }
-        if let Some(bits) = down.bits {
-            self.draw(bits)?;
         }
         self.shrink(z, down.p, down.scales, mask, down.s)?;
         Ok(None)

@@ -16,12 +16,17 @@ const BOX_ROWS: usize = 32;
 const CHUNK: usize = 512;
 const WARPS: usize = 8;
 const BOX_BYTES: usize = 32 * 64 * 2;
+const BITS_BYTES: usize = 32 * 16;
+/// Warps that draw bits.
+const BITS_WARPS: usize = 4;
 /// Dynamic shared memory that a block may have, less what the kernel declares itself.
 const SHARED_LIMIT: usize = 226 * 1024;
 const LARGEST_GROUP: usize = 8;
 
 /// Most ranks of the partial sums alone.
 pub(crate) const ONE: usize = 64;
+/// Most ranks of both products and drawing bits on the way, by the registers they take.
+pub(crate) const DRAWING: usize = 16;
 /// Most ranks of both products, by the registers they take.
 pub(crate) const fn both(masked: bool) -> usize {
     if masked { 16 } else { 32 }
@@ -69,13 +74,15 @@ impl Launcher<'_> {
                 ),
             ],
         };
-        let shared = Shared::new(ranks, down.is_some());
+        let draws = down.as_ref().is_some_and(|down| down.bits.is_some());
+        let warps = WARPS + if draws { BITS_WARPS } else { 0 };
+        let shared = Shared::new(ranks, down.is_some(), masking.bits().is_some());
         let function = self.kernels.function(instance.clone(), SHARED_LIMIT)?;
         let group = group(z.cols.div_ceil(CHUNK));
         let mut grid = Grid {
             shared_bytes: SHARED_LIMIT,
             cluster: (down.is_some() && group > 1).then_some(group as u32),
-            ..Grid::new([group as u32, 1, 1], 32 * WARPS as u32)
+            ..Grid::new([group as u32, 1, 1], 32 * warps as u32)
         };
         let groups = match grid.cluster {
             Some(size) => self
@@ -164,13 +171,14 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(ranks: usize, down: bool) -> Self {
+    fn new(ranks: usize, down: bool, masked: bool) -> Self {
         let stages = if down { 3 } else { 4 };
+        let slot = BOX_BYTES + if masked { BITS_BYTES } else { 0 };
         let buffers = if ranks == 16 { 2 } else { 1 };
         let meet = buffers * WARPS * BOX_ROWS * (ranks + 8) * 4;
         let (s_row, q_row) = (ranks * 4, ranks * 2);
         Self {
-            fixed: WARPS * stages * BOX_BYTES + if down { meet } else { 0 },
+            fixed: WARPS * stages * slot + if down { meet } else { 0 },
             row: q_row + if down { s_row } else { 0 },
         }
     }
@@ -202,10 +210,10 @@ mod tests {
     fn blocks_of_rows_fit_and_cover() {
         for ranks in [16, 32, 64] {
             for down in [false, true] {
-                let shared = Shared::new(ranks, down);
+                let shared = Shared::new(ranks, down, !down);
                 for rows in [1, 31, 512, 2048, 8192, 100_000] {
                     let block_rows = shared.block_rows(rows, 16);
-                    assert!(block_rows >= BOX_ROWS && block_rows % BOX_ROWS == 0);
+                    assert!(block_rows >= BOX_ROWS && block_rows.is_multiple_of(BOX_ROWS));
                     assert!(shared.bytes(block_rows) <= SHARED_LIMIT);
                 }
             }

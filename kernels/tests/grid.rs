@@ -79,6 +79,25 @@ fn large_layers_match_f64() {
 }
 
 #[test]
+fn few_tokens_match_f64() {
+    with_device(|kernels, stream| {
+        for tokens in [1, 5, 8, 16, 33, 64] {
+            for (in_features, out_features) in [(1032, 520), (4096, 100), (64, 4096)] {
+                for rank in [3, 16, 24, 64, 100] {
+                    let case = Case {
+                        bias: rank == 24,
+                        gap: if tokens == 33 { 8 } else { 0 },
+                        ..Case::new(tokens, in_features, out_features, rank)
+                    };
+                    check::<bf16, f32>(kernels, stream, &case);
+                    check::<f16, f16>(kernels, stream, &case);
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn odd_widths_offsets_and_gaps_match_f64() {
     with_device(|kernels, stream| {
         for (in_features, out_features) in [(63, 65), (1, 17), (100, 36), (129, 1)] {

@@ -7,80 +7,12 @@
 // tiles of W by multicast. One warp loads through the tensor memory accelerator into STAGES
 // buffers; two warpgroups of 64 rows each multiply from there (wgmma) with the sums in registers.
 // The rank comes last: without dropout as further depth, with dropout by mma.sync into fresh
-// registers that are masked before they are added. Blocks stay for several tiles, and the loads of the
-// next tile run during the stores of the last. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at most
-// 64) 1 = the mask is drawn while wgmma runs, 2 = it is read as bits, RANK_STEPS = the rank's last 1
-// to 4 steps of 16.
+// registers that are masked before they are added. Blocks stay for several tiles; a tile is stored
+// while the next one multiplies. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at most 64) 1 = the mask
+// is drawn while wgmma runs, 2 = it is read as bits, RANK_STEPS = the rank's last 1 to 4 steps of 16.
 //
 // SIDE 1 (backward): tiles rarely divide by the card, so the first `side.blocks` blocks make no tiles
 // but gradients of the adapter, fed by the copy engine from memory that has time to spare.
-constexpr int TILE_ROWS = 128, TILE_COLS = 256, TILE_DEPTH = 64;
-constexpr int STAGES = 4;
-constexpr int CLUSTER = 2;
-constexpr int GROUP = 8;  // cluster rows that are walked together, so that W is reused in L2
-constexpr int INPUT_BYTES = TILE_ROWS * TILE_DEPTH * 2, WEIGHT_BYTES = TILE_COLS * TILE_DEPTH * 2;
-constexpr int STAGE_BYTES = INPUT_BYTES + WEIGHT_BYTES;
-constexpr int STORE_BYTES = 64 * 64 * 2;  // a store box: 64 rows of 128 bytes
-constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
-
-// ---- copies within a cluster -----------------------------------------------------------------
-__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block) : "memory");
-}
-__device__ __forceinline__ void load_box_for_cluster(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%2, %3}], [%4], %5;" ::"r"(dst),
-      "l"(&map), "r"(col), "r"(row), "r"(bar), "h"((unsigned short)((1 << CLUSTER) - 1))
-      : "memory");
-}
-__device__ __forceinline__ void store_box(const TensorMap& map, int col, int row, u32 src) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(col), "r"(row), "r"(src)
-               : "memory");
-}
-__device__ __forceinline__ void warpgroup_sync(int warpgroup) {
-  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
-}
-
-// ---- wgmma ---------------------------------------------------------------------------------
-// Operands stand in 128-byte rows, swizzled: 8 rows are 1024 bytes. Along the depth (K-major) the
-// next 8 rows are 1024 bytes on; across it (MN-major) so are the next 8 of depth, and the next 64
-// columns WEIGHT_COLS_BYTES.
-constexpr u32 WEIGHT_COLS_BYTES = TILE_DEPTH * 128;
-__device__ __forceinline__ u64 descriptor(u32 address, u32 leading_bytes) {
-  return (u64)((address & 0x3ffff) >> 4) | (u64)(leading_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-constexpr u32 INPUT_STEP = 32 >> 4;                          // 16 of depth, in descriptor units
-constexpr u32 WEIGHT_STEP = BACKWARD ? 2048 >> 4 : 32 >> 4;  // 16 rows, or 32 bytes of a row
-
-#define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define F16(d, i) F4(d, i), F4(d, i + 4), F4(d, i + 8), F4(d, i + 12)
-#define F64(d, i) F16(d, i), F16(d, i + 16), F16(d, i + 32), F16(d, i + 48)
-#if BACKWARD
-#define TRANSPOSE_WEIGHT "1"
-#else
-#define TRANSPOSE_WEIGHT "0"
-#endif
-__device__ __forceinline__ void wgmma(float (&d)[128], u64 input, u64 weight, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." HALF_NAME "." HALF_NAME " {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
-      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127},"
-      " %128, %129, p, 1, 1, 0, " TRANSPOSE_WEIGHT ";\n}"
-      : F64(d, 0), F64(d, 64)
-      : "l"(input), "l"(weight), "r"(accumulate));
-}
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
 
 // ---- tiles ---------------------------------------------------------------------------------
 struct Tile {
@@ -103,175 +35,12 @@ struct Ring {
   }
 };
 
-#if DROPOUT
-#if DROPOUT == 1
-// Which of a thread's 128 elements are kept, drawn one block of 8 at a time during the products.
-// Draw i = 2 * block + h is for row g + 8h and columns 8t .. 8t + 7 of the 32-column block `block`.
-struct Keep {
-  u32 bits[4] = {};
-  // `first` is the Philox block of the thread's draw 0; 8 rows on are `cols` blocks on.
-  __device__ __forceinline__ void draw(const Dropout& dropout, u64 first, int i, int cols) {
-    Draws draws = philox(dropout, first + (i >> 1) * 4 + (i & 1) * cols);
-    u32 byte = 0, least = dropout.threshold << 16;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      if (draws.w[w] << 16 >= least) byte |= 1 << (2 * w);
-      if (draws.w[w] >= least) byte |= 2 << (2 * w);
-    }
-    // A shift register of 16 bytes: after the last draw, draw 0 is the lowest byte.
-    bits[0] = __funnelshift_r(bits[0], bits[1], 8);
-    bits[1] = __funnelshift_r(bits[1], bits[2], 8);
-    bits[2] = __funnelshift_r(bits[2], bits[3], 8);
-    bits[3] = bits[3] >> 8 | byte << 24;
-  }
-};
-constexpr int DRAWS = TILE_COLS / 32 * 2;
-#else
-// The same from memory: words of 128 columns for rows g and g + 8.
-struct Keep {
-  u32 bits[2][2];
-  __device__ __forceinline__ void load(const u32* keep, int row0, int rows, int col0, int cols, int lane) {
-    int groups = (cols + 127) / 128;
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        int row = row0 + h * 8 + (lane >> 2), group = col0 / 128 + c;
-        bits[h][c] = 0;
-        if (row < rows && group < groups)
-          asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits[h][c]) : "l"(keep + ((i64)row * groups + group) * 4 + (lane & 3)));
-      }
-  }
-};
-#endif
-
-// d += D(q p) for the 16 rows of a warp; q and p stand in a stage.
-__device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, const Keep& keep, float scale, int lane) {
-  int t = lane & 3;
-#pragma unroll
-  for (int block = 0; block < TILE_COLS / 32; ++block) {  // 32 columns: 4 tiles of 8
-    float low[4][4] = {};
-#pragma unroll 1
-    for (int k = 0; k < RANK_STEPS; ++k) {
-      u32 a[4];
-      ldmatrix(a, swizzled(q, lane & 15, 2 * k + (lane >> 4)));
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        u32 b[4];
-        int n = block * 32 + pair * 16;
-#if BACKWARD
-        // rows are ranks: lanes 0-15 address 16 ranks of columns n .. n+7, lanes 16-31 of n+8 .. n+15
-        int chunk = (n & 63) / 8 + (lane >> 4);
-        ldmatrix_transposed(b, swizzled(p + (n >> 6) * WEIGHT_COLS_BYTES, k * 16 + (lane & 15), chunk));
-#else
-        // rows are columns of the output: lanes 0-7 address 8 ranks of n .. n+7, 8-15 the next 8, 16-31 of n+8 ..
-        ldmatrix(b, swizzled(p, n + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
-#endif
-        mma(low[2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
-        mma(low[2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      int tile = block * 4 + n;
-#if DROPOUT == 1
-      // Thread n of the quad drew for tile n; bits 2t and 2t + 1 of its byte are for this thread.
-      u32 word = __shfl_sync(0xffffffffu, keep.bits[block >> 1], n, 4) >> (16 * (block & 1) + 2 * t);
-#endif
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        float v = low[n][c] * scale;
-#if DROPOUT == 1
-        bool kept = word >> (8 * (c >> 1) + (c & 1)) & 1;
-#else
-        bool kept = keep.bits[c >> 1][tile >> 4] >> (2 * (tile & 15) + (c & 1)) & 1;
-#endif
-        if (kept) d[tile * 4 + c] += v;
-      }
-    }
-  }
-}
-#endif
-
-// Work beside the product: part[segment][rank, cols] = qᵀ · z over the rows of a segment, for up to
-// two z [rows, cols]. With DROPOUT the second z is masked like the output.
-struct Side {
-  const T *q0, *q1;      // [rows, rank], row strides ldq0 and ldq1
-  float *part0, *part1;  // [segments, rank, cols]
-  int ldq0, ldq1;
-  int cols0, cols1;  // 0: no such product
-  int segment_rows, blocks;
-};
-
-#if SIDE
-constexpr int SIDE_WARPS = 8, SIDE_STAGES = 4, SIDE_CHUNK = SIDE_WARPS * BOX_COLS;
-constexpr int SIDE_RANK = 16 * RANK_STEPS, SIDE_RING_BYTES = SIDE_WARPS * SIDE_STAGES * BOX_BYTES;
-
-// A block takes segments of rows, whose q it keeps in shared memory, and every column of z in chunks
-// of 512: 1024 bytes of 32 rows at a time, because single lines would cost the memory too much. A
-// warp has 64 columns and a ring of boxes of its own.
-template <bool MASKED>
-__device__ __forceinline__ void side_work(const TensorMap& z, const T* q, float* part, int ldq, int cols, int rows, const u32* kept, float scale, const Side& side, unsigned char* shared, u32 full, int& stage, u32& parity) {
-  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  u32 ring = shared_address(shared) + warp * SIDE_STAGES * BOX_BYTES;
-  T* q_rows = reinterpret_cast<T*>(shared + SIDE_RING_BYTES);  // [segment_rows, SIDE_RANK]
-  int segments = (rows + side.segment_rows - 1) / side.segment_rows, chunks = (cols + SIDE_CHUNK - 1) / SIDE_CHUNK;
-  for (int segment = blockIdx.x; segment < segments; segment += side.blocks) {
-    int row0 = segment * side.segment_rows, strips = (min(rows - row0, side.segment_rows) + BOX_ROWS - 1) / BOX_ROWS;
-    int count = strips * chunks, ahead = 0, ahead_strip = 0, ahead_chunk = 0;
-    auto fetch = [&](int stage) {
-      if (ahead++ >= count) return;
-      if (lane == 0) {
-        barrier_expect(full + 8 * stage, BOX_BYTES);
-        load_box(ring + stage * BOX_BYTES, z, ahead_chunk * SIDE_CHUNK + warp * BOX_COLS, row0 + ahead_strip * BOX_ROWS, full + 8 * stage);
-      }
-      if (++ahead_strip == strips) ahead_strip = 0, ++ahead_chunk;
-    };
-    for (int i = 0, to = stage; i < SIDE_STAGES; ++i, to = (to + 1) % SIDE_STAGES) fetch(to);
-    asm volatile("bar.sync 1, %0;" ::"n"(SIDE_WARPS * 32) : "memory");  // the segment before is done with its q
-    constexpr int ROW_VECS = SIDE_RANK / 8;
-    for (int at = threadIdx.x; at < strips * BOX_ROWS * ROW_VECS; at += SIDE_WARPS * 32) {
-      int row = row0 + at / ROW_VECS;
-      Vec v = {{0, 0, 0, 0}};
-      if (row < rows) v = load_packed(q + (i64)row * ldq + at % ROW_VECS * 8);
-      reinterpret_cast<Vec*>(q_rows)[at] = v;
-    }
-    asm volatile("bar.sync 1, %0;" ::"n"(SIDE_WARPS * 32) : "memory");
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      float acc[RANK_STEPS][8][4] = {};
-      u32 q_at = shared_address(q_rows);
-      int col0 = chunk * SIDE_CHUNK + warp * BOX_COLS;
-      BoxBits bits, next;
-      if (MASKED) next.load(kept, row0, rows, cols, col0, lane);
-      for (int strip = 0; strip < strips; ++strip, q_at += BOX_ROWS * SIDE_RANK * 2) {
-        if (MASKED) {
-          bits = next;
-          if (strip + 1 < strips) next.load(kept, row0 + (strip + 1) * BOX_ROWS, rows, cols, col0, lane);
-        }
-        barrier_wait(full + 8 * stage, parity);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          u32 a[RANK_STEPS][4];
-#pragma unroll
-          for (int j = 0; j < RANK_STEPS; ++j) load_q(a[j], q_at + i * 16 * SIDE_RANK * 2 + j * 32, SIDE_RANK, lane);
-          add_across<RANK_STEPS, MASKED>(acc, a, ring + stage * BOX_BYTES, i, lane, &bits);
-        }
-        __syncwarp();
-        fetch(stage);
-        if (++stage == SIDE_STAGES) stage = 0, parity ^= 1;
-      }
-      store_across(acc, scale, part + (i64)segment * SIDE_RANK * cols, col0, cols, lane);
-    }
-  }
-}
-#endif
-
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1) gemm(
     const __grid_constant__ TensorMap input_map,   // [rows, depth], box 64 x 128
     const __grid_constant__ TensorMap weight_map,  // box 64 x 128, or 64 x 64 backward
     const __grid_constant__ TensorMap q_map,       // [rows, rank], box 64 x 128
     const __grid_constant__ TensorMap p_map,       // as weight_map
-    const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 64
+    const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 16
     const __grid_constant__ TensorMap side0_map,   // z of the first side product, box 64 x 32
     const __grid_constant__ TensorMap side1_map,   // and of the second
     const T* __restrict__ bias,                    // [cols] or null
@@ -360,8 +129,35 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
     int math = warpgroup - 1, thread = threadIdx.x % 128, lane = thread & 31, warp = thread / 32;
-    u32 store = stores + math * 2 * STORE_BYTES;
+    u32 store = stores + (math * 4 + warp) * 2 * STORE_BYTES;
     Ring ring;
+    u32 out[TILE_COLS / 4];  // the tile before, rounded
+    Tile last = {0, 0};
+    bool waiting = false;
+    // In boxes of 64 columns by the warp's 16 rows, swizzled: one is filled while the copy engine
+    // reads the other, and no warp waits for another.
+    auto store_half = [&](int half) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        int box = half * 2 + i;
+        u32 to = store + i * STORE_BYTES;
+        if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+        __syncwarp();
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {  // 16 columns
+          const u32* v = &out[box * 16 + pair * 4];
+          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(to, lane & 15, pair * 2 + (lane >> 4))),
+                       "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                       : "memory");
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        if (lane == 0) {
+          store_box(out_map, last.col + box * 64, last.row + math * 64 + warp * 16, to);
+          asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        }
+      }
+    };
     for (int index = cluster; index < tiles; index += clusters) {
       Tile tile = tile_at(index, cluster_rows, cluster_cols, block);
       float d[128];
@@ -382,8 +178,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         for (int step = 0; step < TILE_DEPTH / 16; ++step)
           wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, k > 0 || step > 0);
         wgmma_commit();
+        if (waiting) {
+          if (k == 0) store_half(0);
+          if (k == 1 || full_blocks == 1) store_half(1), waiting = false;
+        }
 #if DROPOUT == 1
-        if (k < DRAWS) keep.draw(dropout, first_draw, k, cols);
+        if (k >= 2 && k < DRAWS + 2) keep.draw(dropout, first_draw, k - 2, cols);
 #elif DROPOUT == 2
         if (k == full_blocks / 2) {
           await_previous();  // of use in the first tile: the bits come from the kernel before this one
@@ -400,7 +200,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       {
         u32 at = stages + ring.stage * STAGE_BYTES;
 #if DROPOUT == 1
-        for (int i = full_blocks; i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
+        for (int i = max(full_blocks - 2, 0); i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
 #endif
         barrier_wait(full + 8 * ring.stage, ring.parity);
         add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, dropout.scale, lane);
@@ -427,40 +227,24 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
 #endif
 
-      // Out in two halves of 128 columns, each two boxes of 64 rows x 64 columns, swizzled.
+      // Rounded at once, which frees the sums for the next tile; stored while that multiplies.
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-        warpgroup_sync(math);
-#pragma unroll
-        for (int pair = 0; pair < 8; ++pair) {  // 16 columns
-          int tile8 = half * 16 + pair * 2;
-          float* v = &d[tile8 * 4];
-          if (bias) {
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              int col = tile.col + (tile8 + n) * 8 + 2 * (lane & 3);
-              u32 two = col < cols ? *reinterpret_cast<const u32*>(bias + col) : 0;
-              float lo = to_float((T)(two & 0xffff)), hi = to_float((T)(two >> 16));
-              v[n * 4] += lo, v[n * 4 + 1] += hi, v[n * 4 + 2] += lo, v[n * 4 + 3] += hi;
-            }
-          }
-          int row = warp * 16 + (lane & 15), chunk = (pair * 2 & 7) + (lane >> 4);
-          u32 to = store + (pair >> 2) * STORE_BYTES + row * 128 + ((chunk ^ (row & 7)) << 4);
-          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(pack_halves(v[0], v[1])),
-                       "r"(pack_halves(v[2], v[3])), "r"(pack_halves(v[4], v[5])), "r"(pack_halves(v[6], v[7]))
-                       : "memory");
+      for (int tile8 = 0; tile8 < TILE_COLS / 8; ++tile8) {
+        float* v = &d[tile8 * 4];
+        if (bias) {
+          int col = tile.col + tile8 * 8 + 2 * (lane & 3);
+          u32 two = col < cols ? *reinterpret_cast<const u32*>(bias + col) : 0;
+          float lo = to_float((T)(two & 0xffff)), hi = to_float((T)(two >> 16));
+          v[0] += lo, v[1] += hi, v[2] += lo, v[3] += hi;
         }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        warpgroup_sync(math);
-        if (thread == 0) {
-          store_box(out_map, tile.col + half * 128, tile.row + math * 64, store);
-          store_box(out_map, tile.col + half * 128 + 64, tile.row + math * 64, store + STORE_BYTES);
-          asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        }
+        out[tile8 * 2] = pack_halves(v[0], v[1]);
+        out[tile8 * 2 + 1] = pack_halves(v[2], v[3]);
       }
+      last = tile;
+      waiting = true;
     }
-    if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if (waiting) store_half(0), store_half(1);
+    if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
   // A block must not leave while its partner still signals it or loads for it.
   cluster_sync();

@@ -30,6 +30,15 @@ __device__ __forceinline__ void load_box(u32 dst, const TensorMap& map, int col,
       "l"(&map), "r"(col), "r"(row), "r"(bar)
       : "memory");
 }
+// As `prefetch`.
+__device__ __forceinline__ void prefetch_box(const TensorMap& map, int col, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(col), "r"(row) : "memory");
+}
+__device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, u32 bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes),
+               "r"(bar)
+               : "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -59,9 +68,14 @@ __device__ __forceinline__ void load_q(u32 (&a)[4], u32 address, int ranks, int 
 
 // ---- dropout by bits ---------------------------------------------------------------------------
 // Drawing a mask costs more than reading it, so what reads one often takes it from memory, a bit an
-// element: keep[row][128 columns][4] words, of which word t has bit 2j + c for column 8j + 2t + c.
-// Those are the elements of thread t of a quad in accumulators of wgmma, and the halves of word t of
-// the Philox blocks.
+// element: keep[row / 32][128 columns][row % 32][4] words, of which word t has bit 2j + c for column
+// 8j + 2t + c. Those are the elements of thread t of a quad in accumulators of wgmma, and the halves
+// of word t of the Philox blocks.
+constexpr int BITS_BYTES = 32 * 16;  // of 32 rows by 128 columns
+__device__ __forceinline__ const u32* bits_at(const u32* keep, int row, int col, int cols) {
+  int groups = (cols + 127) / 128;
+  return keep + (((i64)(row >> 5) * groups + (col >> 7)) * 32 + (row & 31)) * 4;
+}
 
 // The four words of 128 columns whose first Philox block is `block`.
 __device__ __forceinline__ void draw_bits(const Dropout& d, u64 block, u32 (&keep)[4]) {
@@ -86,49 +100,45 @@ __device__ __forceinline__ void store_bits(const Dropout& d, u32* keep, int unit
   if (row >= rows) return;
   Vec bits;
   draw_bits(d, ((u64)row * cols >> 3) + unit % groups * 16, bits.w);
-  *reinterpret_cast<Vec*>(keep + (row * groups + unit % groups) * 4) = bits;
+  *reinterpret_cast<Vec*>(keep + ((i64)unit * 32 + lane) * 4) = bits;
 }
 
-// The bits of a warp's box of 64 columns, for the fragments of `add_across`.
-struct BoxBits {
-  u32 raw[8];  // 16 bits each: rows 2t, 2t + 1 and 8 on, of both halves of a box
-  __device__ __forceinline__ void load(const u32* keep, i64 row0, int rows, int cols, int col0, int lane) {
-    int groups = (cols + 127) / 128, g = lane >> 2, t = lane & 3;
-    const u32* at = keep + (row0 * groups + col0 / 128) * 4 + (g >> 1);
+// Fetches the bits of a box of 64 columns, with those of its neighbour.
+__device__ __forceinline__ void load_box_bits(u32 dst, const u32* keep, int row, int col, int cols, u32 bar) {
+  load_bytes(dst, bits_at(keep, row, min(col, cols - 1), cols), BITS_BYTES, bar);
+}
+
+// The bits of 16 rows of a box for the fragments of `add_across`: rows 2t (low half) and 2t + 1 (high
+// half), and the same 8 rows on; bit 2j is for the thread's column of tile j.
+__device__ __forceinline__ void load_pairs(u32 (&pairs)[2], u32 bits, int i, int col, int lane) {
+  int g = lane >> 2, t = lane & 3;
 #pragma unroll
-    for (int r = 0; r < 8; ++r) {
-      int row = (r >> 2) * 16 + (r >> 1 & 1) * 8 + 2 * t + (r & 1);
-      raw[r] = 0;
-      if (row0 + row < rows && col0 < cols) {
-        unsigned short half;
-        const void* from = reinterpret_cast<const unsigned short*>(at + (i64)row * groups * 4) + (col0 >> 6 & 1);
-        asm volatile("ld.global.u16 %0, [%1];" : "=h"(half) : "l"(from));
-        raw[r] = half;
-      }
-    }
+  for (int half = 0; half < 2; ++half) {
+    u32 at = bits + (i * 16 + half * 8 + 2 * t) * 16 + (g >> 1) * 4 + (col >> 6 & 1) * 2;
+    unsigned short even, odd;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(even) : "r"(at));
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(odd) : "r"(at + 16));
+    pairs[half] = (even | (u32)odd << 16) >> (g & 1);
   }
-  // Rows 2t (low half) and 2t + 1 (high half) of 8 rows; bit 2j is for the thread's column of tile j.
-  __device__ __forceinline__ u32 pair(int i, int half, int lane) const {
-    return (raw[i * 4 + half * 2] | raw[i * 4 + half * 2 + 1] << 16) >> (lane >> 2 & 1);
-  }
-};
+}
 
 __device__ __forceinline__ u32 masked(u32 two, u32 pair, int tile) { return two & ((pair >> (2 * tile) & 0x00010001u) * 0xffffu); }
 
 // ---- sums ----------------------------------------------------------------------------------------
 // Adds the 16 rows from row 16 * i of a box on.
-template <int TILES, bool MASKED = false>
-__device__ __forceinline__ void add_across(float (&acc)[TILES][8][4], const u32 (&a)[TILES][4], u32 box, int i, int lane, const BoxBits* bits = nullptr) {
+template <int TILES, bool MASKED>
+__device__ __forceinline__ void add_across(float (&acc)[TILES][8][4], const u32 (&a)[TILES][4], u32 box, int i, u32 bits, int col, int lane) {
   u32 b[4][4];
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair)  // 16 columns
     ldmatrix_transposed(b[pair], swizzled(box, i * 16 + (lane & 15), pair * 2 + (lane >> 4)));
   if constexpr (MASKED) {
-    u32 low = bits->pair(i, 0, lane), high = bits->pair(i, 1, lane);
+    u32 pairs[2];
+    load_pairs(pairs, bits, i, col, lane);
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair)
 #pragma unroll
-      for (int r = 0; r < 4; ++r) b[pair][r] = masked(b[pair][r], r & 1 ? high : low, 2 * pair + (r >> 1));
+      for (int r = 0; r < 4; ++r) b[pair][r] = masked(b[pair][r], pairs[r & 1], 2 * pair + (r >> 1));
   }
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair)

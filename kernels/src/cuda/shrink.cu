@@ -18,8 +18,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, DTYPE != 0 && ALIGNED &
     const T* __restrict__ a,  // [ranks, lda], zero beyond cols
     T* __restrict__ s,        // [rows, lds]
     i64 rows, i64 ldx, int cols, int lda, int lds, const __grid_constant__ Scales scales, Dropout dropout) {
-  await_previous();
-  start_next();
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   i64 row0 = (i64)blockIdx.x * (16 * MT);
   int rank0 = blockIdx.y * RT;
@@ -32,6 +30,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, DTYPE != 0 && ALIGNED &
     live[h] = row < rows;
     x_row[h] = x + (live[h] ? row : 0) * ldx;
   }
+  // While the kernel before this one drains: the first turns of the loop.
+  for (int k = warp * (SPAN * STEPS), turn = 0; k < cols && turn < 2; k += WARPS * SPAN * STEPS, ++turn)
+#pragma unroll
+    for (int u = 0; u < STEPS; ++u)
+#pragma unroll
+      for (int h = 0; h < 2 * MT; ++h)
+        if (k + u * SPAN + t * VEC < cols) prefetch(x_row[h] + k + u * SPAN + t * VEC);
+  await_previous();
+  start_next();
   const T* a_row = a + (i64)(rank0 + g) * lda;
 
   float acc[MT][NT][4] = {};

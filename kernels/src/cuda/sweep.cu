@@ -15,7 +15,8 @@ constexpr int TILES = RT / 16;
 constexpr int STAGES = DOWN ? 3 : 4;
 constexpr int BUFFERS = RT == 16 ? 2 : 1;                // of the warps' sums
 constexpr int PITCH = RT + 8;                            // floats of a row there: no bank conflicts
-constexpr int RING_BYTES = WARPS * STAGES * BOX_BYTES;
+constexpr int RING_BYTES = WARPS * STAGES * (BOX_BYTES + (DROPOUT == 2 ? BITS_BYTES : 0));
+constexpr int BITS_WARPS = BITS ? 4 : 0;  // that draw and do nothing else
 constexpr int MEET_BYTES = DOWN ? BUFFERS * WARPS * BOX_ROWS * PITCH * 4 : 0;
 
 struct Scales {
@@ -34,6 +35,8 @@ __device__ __forceinline__ Vec load_chunk(u32 box, int row, int chunk) {
   return v;
 }
 
+__device__ __forceinline__ void warps_sync() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }
+
 // Where a warp is: rows of a block, chunk by chunk, block by block.
 struct Place {
   int block, chunk, strip;
@@ -46,7 +49,7 @@ struct Place {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
+extern "C" __global__ void __launch_bounds__((WARPS + BITS_WARPS) * 32, 1) sweep(
     const __grid_constant__ TensorMap z_map,  // [rows, cols], box 64 x 32
     const T* __restrict__ p,                  // [RT, ldp], zero beyond cols
     const T* __restrict__ q,                  // [rows, ldq]
@@ -58,6 +61,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
   __shared__ __align__(8) u64 barriers[WARPS * STAGES];
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   u32 ring = shared_address(shared) + warp * STAGES * BOX_BYTES;
+  u32 ring_bits = shared_address(shared) + WARPS * STAGES * BOX_BYTES + warp * STAGES * BITS_BYTES;
   u32 full = shared_address(barriers) + warp * STAGES * 8;
   float* meet = reinterpret_cast<float*>(shared + RING_BYTES);
   float* s_sums = reinterpret_cast<float*>(shared + RING_BYTES + MEET_BYTES);                           // [block_rows, RT]
@@ -65,12 +69,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
 
   int rank = blockIdx.x % group, groups = gridDim.x / group;
   int blocks = (rows + block_rows - 1) / block_rows, strips = block_rows / BOX_ROWS, chunks = (cols + CHUNK - 1) / CHUNK;
+#if BITS
+  if (warp >= WARPS) {
+    await_previous();
+    start_next();
+    int units = (bits.rows + 31) / 32 * ((bits.cols + 127) / 128), workers = gridDim.x * BITS_WARPS, unit = blockIdx.x * BITS_WARPS + warp - WARPS;
+    int turns = (blocks - (int)blockIdx.x / group + groups - 1) / groups, share = ((units + workers - 1) / workers + turns - 1) / turns;
+    for (int turn = 0; turn < turns; ++turn) {
+      for (int i = 0; i < share && unit < units; ++i, unit += workers) store_bits(bits.dropout, bits.keep, unit, bits.rows, bits.cols, lane);
+      if (group > 1) cluster_sync(), cluster_sync();  // with the others, below
+    }
+    return;
+  }
+#endif
   Place ahead = {(int)blockIdx.x / group, rank, 0};
   auto fetch = [&](int stage) {
     if (ahead.block >= blocks) return;
     if (lane == 0) {
-      barrier_expect(full + 8 * stage, BOX_BYTES);
-      load_box(ring + stage * BOX_BYTES, z_map, ahead.chunk * CHUNK + warp * BOX_COLS, ahead.block * block_rows + ahead.strip * BOX_ROWS, full + 8 * stage);
+      int col = ahead.chunk * CHUNK + warp * BOX_COLS, row = ahead.block * block_rows + ahead.strip * BOX_ROWS;
+      u32 bar = full + 8 * stage;
+      bool masked = DROPOUT == 2 && row < rows;
+      barrier_expect(bar, BOX_BYTES + (masked ? BITS_BYTES : 0));
+      load_box(ring + stage * BOX_BYTES, z_map, col, row, bar);
+      if (masked) load_box_bits(ring_bits + stage * BITS_BYTES, bits.keep, row, col, cols, bar);
     }
     ahead.next(strips, chunks, rank, group, groups);
   };
@@ -79,22 +100,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
+  if (lane == 0)
+    for (int strip = 0; strip < min(strips, STAGES + 1); ++strip)
+      prefetch_box(z_map, ahead.chunk * CHUNK + warp * BOX_COLS, ahead.block * block_rows + strip * BOX_ROWS);
+  __syncwarp();
   await_previous();
   start_next();
   if (rank < chunks)
     for (int stage = 0; stage < STAGES; ++stage) fetch(stage);
 
-#if BITS
-  int units = (bits.rows + 31) / 32 * ((bits.cols + 127) / 128), warps = gridDim.x * WARPS, unit = blockIdx.x * WARPS + warp;
-  int my_units = (units + warps - 1) / warps, my_boxes = 0;
-  for (int block = blockIdx.x / group; block < blocks; block += groups) my_boxes += strips * ((chunks - rank + group - 1) / group);
-  int debt = 0;
-#endif
   int stage = 0;
   u32 parity = 0;
   for (int block = blockIdx.x / group; block < blocks; block += groups) {
     i64 row0 = (i64)block * block_rows;
-    __syncthreads();  // the block before is done with its q
+    warps_sync();  // the block before is done with its q
     constexpr int ROW_VECS = RT / 8;
     for (int at = threadIdx.x; at < block_rows * ROW_VECS; at += WARPS * 32) {
       i64 row = row0 + at / ROW_VECS;
@@ -102,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
       if (row < rows) v = load_packed(q + row * ldq + at % ROW_VECS * 8);
       reinterpret_cast<Vec*>(q_rows)[at] = v;
     }
-    __syncthreads();
+    warps_sync();
     for (int chunk = rank; chunk < chunks; chunk += group) {
       int col0 = chunk * CHUNK + warp * BOX_COLS;
       bool live = col0 < cols;
@@ -118,19 +137,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
         }
 #endif
       float acc[TILES][8][4] = {};
-#if DROPOUT == 2
-      BoxBits kept, next;
-      next.load(bits.keep, row0, rows, cols, col0, lane);
-#endif
       for (int strip = 0; strip < strips; ++strip) {
-#if DROPOUT == 2
-        kept = next;
-        if (strip + 1 < strips) next.load(bits.keep, row0 + (strip + 1) * BOX_ROWS, rows, cols, col0, lane);
-#endif
-#if BITS
-        for (debt += my_units; debt > 0; debt -= my_boxes, unit += warps)
-          if (unit < units) store_bits(bits.dropout, bits.keep, unit, bits.rows, bits.cols, lane);
-#endif
         barrier_wait(full + 8 * stage, parity);
         u32 box = ring + stage * BOX_BYTES;
 #if DOWN
@@ -184,10 +191,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
 #pragma unroll
             for (int j = 0; j < TILES; ++j) mma(acc[j][e], a[j][0], a[j][1], a[j][2], a[j][3], b0, b1);
           }
-#elif DROPOUT == 2
-          add_across<TILES, true>(acc, a, box, i, lane, &kept);
 #else
-          add_across(acc, a, box, i, lane);
+          add_across<TILES, DROPOUT == 2>(acc, a, box, i, ring_bits + stage * BITS_BYTES, col0, lane);
 #endif
         }
         __syncwarp();
@@ -195,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
         if (++stage == STAGES) stage = 0, parity ^= 1;
 #if DOWN
         float* sums = meet + (BUFFERS == 2 ? strip & 1 : 0) * WARPS * BOX_ROWS * PITCH;
-        if (BUFFERS == 1) asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+        if (BUFFERS == 1) warps_sync();
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -204,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
             for (int h = 0; h < 2; ++h)
               *reinterpret_cast<float2*>(&sums[(warp * BOX_ROWS + i * 16 + h * 8 + g) * PITCH + n * 8 + 2 * t]) =
                   make_float2(down[i][n][2 * h], down[i][n][2 * h + 1]);
-        asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+        warps_sync();
 #pragma unroll
         for (int u = 0; u < BOX_ROWS * RT / 2 / (WARPS * 32); ++u) {
           int at = u * WARPS * 32 + threadIdx.x, row = at / (RT / 2), pair = at % (RT / 2);
@@ -242,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
     }
 #if DOWN
     // Every block of the group adds up a share of the rows.
-    if (group > 1) cluster_sync(); else __syncthreads();
+    if (group > 1) cluster_sync(); else warps_sync();
     int share = (block_rows + group - 1) / group, end = min(block_rows, (rank + 1) * share);
     u32 mine = shared_address(s_sums);
     for (int at = rank * share * (RT / 2) + threadIdx.x; at < end * (RT / 2); at += WARPS * 32) {
@@ -271,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) sweep(
 #endif
       if (row < rows) *reinterpret_cast<u32*>(s + row * lds + 2 * pair) = pack_halves(scale * sum.x, scale * sum.y);
     }
-    if (group > 1) cluster_sync(); else __syncthreads();
+    if (group > 1) cluster_sync(); else warps_sync();
 #endif
   }
 }

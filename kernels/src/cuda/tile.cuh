@@ -39,6 +39,10 @@ __device__ __forceinline__ void start_next() {
 #endif
 }
 
+// Brings a line to the L2 cache, where a kernel that has yet to write it would still be heard: safe
+// before `await_previous`.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // ---- conversions ---------------------------------------------------------------------------
 __device__ __forceinline__ float to_float(T v) {
 #if DTYPE == 0
