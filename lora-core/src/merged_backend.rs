@@ -1,6 +1,7 @@
 //! Adapters for models of others: weights with adapters merged in, under the names that a model
 //! asks a `VarBuilder` for.
 
+mod base;
 mod change;
 
 use std::{
@@ -8,11 +9,15 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use base::Base;
 use candle_core::{DType, Device, Shape, Tensor, bail};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use change::{Change, fits};
 
-use crate::{Error, Result, adapter::AdapterWeights};
+use crate::{
+    Error, Result,
+    adapter::{AdapterWeights, Sample},
+};
 
 /// Adapters to be merged into the weights of a model that knows nothing of adapters: one of
 /// `candle_transformers`, unmodified, whose fields are private.
@@ -62,6 +67,9 @@ struct Shared {
     changes: BTreeMap<String, Change>,
     /// Every name that was asked for, and whether a changed tensor was given.
     asked: Mutex<BTreeMap<String, bool>>,
+    bases: Vec<Base>,
+    /// Of the weights that were merged into, by the model's names.
+    samples: Mutex<BTreeMap<String, Sample>>,
 }
 
 impl MergedAdapters {
@@ -71,13 +79,20 @@ impl MergedAdapters {
     /// If two adapters replace one tensor, if one that replaces a tensor has a weight other than 1,
     /// which a replacement cannot have, or if a weight is not finite.
     pub fn new(adapters: impl IntoIterator<Item = (AdapterWeights, f64)>) -> Result<Self> {
-        Ok(Self::of(change::collect(adapters)?))
+        let adapters: Vec<_> = adapters.into_iter().collect();
+        let bases = adapters.iter().filter_map(|(adapter, _)| Base::of(adapter));
+        let bases = bases.collect();
+        Ok(Self::of(change::collect(adapters)?, bases))
     }
 
-    fn of(changes: BTreeMap<String, Change>) -> Self {
-        let asked = Mutex::default();
+    fn of(changes: BTreeMap<String, Change>, bases: Vec<Base>) -> Self {
         Self {
-            shared: Arc::new(Shared { changes, asked }),
+            shared: Arc::new(Shared {
+                changes,
+                asked: Mutex::default(),
+                bases,
+                samples: Mutex::default(),
+            }),
         }
     }
 
@@ -90,19 +105,22 @@ impl MergedAdapters {
     /// # Errors
     /// If two of the adapters' tensors would then have one name.
     pub fn replace_prefix(&self, from: &str, to: &str) -> Result<Self> {
-        let mut changes = BTreeMap::new();
-        for (name, change) in &self.shared.changes {
+        let rename = |name: &str| {
             let rest = match from {
-                "" => Some(name.as_str()),
+                "" => Some(name),
                 _ => name
                     .strip_prefix(from)
                     .and_then(|rest| rest.strip_prefix('.')),
             };
-            let renamed = match (rest, to) {
-                (None, _) => name.clone(),
+            match (rest, to) {
+                (None, _) => name.to_string(),
                 (Some(rest), "") => rest.to_string(),
                 (Some(rest), _) => format!("{to}.{rest}"),
-            };
+            }
+        };
+        let mut changes = BTreeMap::new();
+        for (name, change) in &self.shared.changes {
+            let renamed = rename(name);
             if changes.insert(renamed.clone(), change.clone()).is_some() {
                 let reason = format!(
                     "two tensors of the adapters have this name with `{to}` in place of `{from}`"
@@ -110,7 +128,8 @@ impl MergedAdapters {
                 return Err(Error::module(renamed, reason));
             }
         }
-        Ok(Self::of(changes))
+        let bases = self.shared.bases.iter().map(|base| base.renamed(rename));
+        Ok(Self::of(changes, bases.collect()))
     }
 
     /// The tensors of `vb`, with the adapters in them.
@@ -151,7 +170,8 @@ impl MergedAdapters {
     /// If the adapter's tensors don't fit, or the result is not finite.
     pub fn merge(&self, name: &str, base: &Tensor) -> Result<Option<Tensor>> {
         let tensor = self.shared.give(name, |change| {
-            let tensor = change.apply(name, base.dtype(), base.device(), |_| Ok(base.clone()))?;
+            let own = |_| self.shared.seen(name, base.clone(), base.dtype());
+            let tensor = change.apply(name, base.dtype(), base.device(), own)?;
             fits(name, base.shape(), tensor.shape())?;
             Ok(tensor)
         });
@@ -172,15 +192,21 @@ impl MergedAdapters {
         unused.map(str::to_string).collect()
     }
 
-    /// Checks that everything in the adapters was asked for, and so merged. Call it when the model
-    /// is built.
+    /// Checks that everything in the adapters was asked for, and so merged, and that the model is the
+    /// one that they were trained on, if they tell. Call it when the model is built.
     ///
     /// # Errors
-    /// An [`Error::Unmerged`] that names every tensor that nobody asked for.
+    /// An [`Error::Unmerged`] that names every tensor that nobody asked for; an [`Error::Adapter`]
+    /// for an adapter of another base.
     pub fn finish(&self) -> Result<()> {
         let (unused, asked) = (self.unused(), self.shared.asked());
         if unused.is_empty() {
-            return Ok(());
+            let samples = self.shared.samples();
+            return self
+                .shared
+                .bases
+                .iter()
+                .try_for_each(|base| base.check(&samples));
         }
         let problems = unused
             .iter()
@@ -195,6 +221,20 @@ impl Shared {
     fn asked(&self) -> MutexGuard<'_, BTreeMap<String, bool>> {
         // A map of names is whole at any time.
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn samples(&self) -> MutexGuard<'_, BTreeMap<String, Sample>> {
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes the base's tensor `name`, which is of `dtype` in the model, for the check of the base.
+    fn seen(&self, name: &str, tensor: Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+        // What f16 made of a base can't be told from another base.
+        if dtype != DType::F16 && self.bases.iter().any(|base| base.has(name)) {
+            self.samples()
+                .insert(name.to_string(), Sample::of(&tensor)?);
+        }
+        Ok(tensor)
     }
 
     /// The tensor `name` as `tensor` makes it of its change; `None` if it has none. Notes whether
@@ -285,7 +325,8 @@ impl SimpleBackend for Backend<'_> {
                 .get_with_hints_dtype(shape.clone(), name, init, dtype)
         };
         let tensor = self.shared.give(name, |change| {
-            let tensor = change.apply(name, dtype, device, base)?;
+            let own = |wide| self.shared.seen(name, base(wide)?, dtype);
+            let tensor = change.apply(name, dtype, device, own)?;
             fits(name, &shape, tensor.shape())?;
             Ok(tensor)
         });
@@ -302,9 +343,10 @@ impl SimpleBackend for Backend<'_> {
         device: &Device,
     ) -> candle_core::Result<Tensor> {
         let base = |dtype| self.base.get_unchecked_dtype(name, dtype);
-        let tensor = self
-            .shared
-            .give(name, |change| change.apply(name, dtype, device, base));
+        let tensor = self.shared.give(name, |change| {
+            let own = |wide| self.shared.seen(name, base(wide)?, dtype);
+            change.apply(name, dtype, device, own)
+        });
         match tensor? {
             Some(tensor) => Ok(tensor),
             None => base(dtype)?.to_device(device),

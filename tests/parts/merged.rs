@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use lora_core::{
     LinearLoRA, MergedAdapters, PeftConfig,
-    adapter::{AdapterWeights, LayerWeights},
+    adapter::{AdapterWeights, Fingerprint, LayerWeights},
 };
 use lora_tests::{randn, to_vec};
 
@@ -321,5 +321,40 @@ fn tensors_in_hand_are_merged_the_same_way() -> anyhow::Result<()> {
     merged.finish()?;
     let expected = linear(&merged, base, DType::BF16)?;
     assert_eq!(to_vec(&got), to_vec(expected.weight()));
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_another_base_is_refused_once_all_of_it_is_in() -> anyhow::Result<()> {
+    let own = base(DType::F32);
+    let mut of_own = adapter([("proj", layer(10, 6, 4))]);
+    let fingerprint = Fingerprint::of([("proj", &own["proj.weight"])])?;
+    of_own.origin.fingerprint = Some(fingerprint);
+    let merged = MergedAdapters::new([(of_own.clone(), 1.0)])?;
+    linear(&merged, own.clone(), DType::BF16)?; // in another type, but the same
+    merged.finish()?;
+
+    let mut other = own.clone();
+    other.insert("proj.weight".to_string(), randn(99, (4, 6), DType::F32));
+    let merged = MergedAdapters::new([(of_own.clone(), 1.0)])?;
+    linear(&merged, other.clone(), DType::F32)?;
+    let error = merged.finish().expect_err("another base").to_string();
+    assert!(
+        error.starts_with("the adapter was trained on another base"),
+        "{error}"
+    );
+
+    // By another name, and as tensors.
+    let merged = MergedAdapters::new([(of_own.clone(), 1.0)])?.replace_prefix("", "model")?;
+    merged.merge("model.proj.weight", &own["proj.weight"])?;
+    merged.finish()?;
+    let merged = MergedAdapters::new([(of_own.clone(), 1.0)])?.replace_prefix("", "model")?;
+    merged.merge("model.proj.weight", &other["proj.weight"])?;
+    assert!(merged.finish().is_err());
+
+    of_own.origin.fingerprint = None;
+    let merged = MergedAdapters::new([(of_own, 1.0)])?;
+    linear(&merged, other, DType::F32)?;
+    merged.finish()?;
     Ok(())
 }

@@ -39,40 +39,58 @@ impl Fingerprint {
     /// # Errors
     /// An [`Error::Module`] if a weight can't be read.
     pub fn of<'a>(weights: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -> Result<Self> {
-        let mut weights: Vec<_> = weights.into_iter().collect();
-        weights.sort_by_key(|(path, _)| *path);
+        let samples = weights.into_iter().map(|(path, weight)| {
+            let sample =
+                Sample::of(weight).map_err(|error| Error::module(path, error.to_string()))?;
+            Ok((path, sample))
+        });
+        Ok(Self::of_samples(samples.collect::<Result<Vec<_>>>()?))
+    }
+
+    /// The same of samples that were taken one by one.
+    pub(crate) fn of_samples(mut samples: Vec<(&str, Sample)>) -> Self {
+        samples.sort_by_key(|(path, _)| *path);
         let mut hash = Sha256::new();
-        for (path, weight) in weights {
-            let sample = sample(weight).map_err(|error| Error::module(path, error.to_string()))?;
-            let shape = weight.dims();
+        for (path, Sample { shape, values }) in samples {
             // Lengths before contents: no two lists of weights give the same bytes.
-            for number in [path.len(), shape.len()].iter().chain(shape) {
+            for number in [path.len(), shape.len()].iter().chain(&shape) {
                 hash.update((*number as u64).to_le_bytes());
             }
             hash.update(path.as_bytes());
-            for value in sample {
+            for value in values {
                 hash.update(value.to_bits().to_le_bytes());
             }
         }
-        Ok(Self(hash.finalize().into()))
+        Self(hash.finalize().into())
     }
 }
 
-fn sample(weight: &Tensor) -> candle_core::Result<Vec<half::bf16>> {
-    const ROWS: usize = 4;
-    const COLUMNS: usize = 64;
-    let (rows, columns) = weight.dims2()?;
-    let mut sample = Vec::new();
-    for i in 0..ROWS.min(rows) {
-        let row = i * (rows - 1) / (ROWS.min(rows) - 1).max(1);
-        let numbers = weight
-            .narrow(0, row, 1)?
-            .narrow(1, 0, COLUMNS.min(columns))?;
-        let numbers = numbers.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-        let numbers = numbers.to_dtype(DType::BF16)?.flatten_all()?;
-        sample.extend(numbers.to_vec1::<half::bf16>()?);
+/// What of a weight counts.
+#[derive(Clone, Debug)]
+pub(crate) struct Sample {
+    shape: Vec<usize>,
+    values: Vec<half::bf16>,
+}
+
+impl Sample {
+    /// Of a weight, `[out, in]`.
+    pub fn of(weight: &Tensor) -> candle_core::Result<Self> {
+        const ROWS: usize = 4;
+        const COLUMNS: usize = 64;
+        let (rows, columns) = weight.dims2()?;
+        let mut values = Vec::new();
+        for i in 0..ROWS.min(rows) {
+            let row = i * (rows - 1) / (ROWS.min(rows) - 1).max(1);
+            let numbers = weight
+                .narrow(0, row, 1)?
+                .narrow(1, 0, COLUMNS.min(columns))?;
+            let numbers = numbers.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+            let numbers = numbers.to_dtype(DType::BF16)?.flatten_all()?;
+            values.extend(numbers.to_vec1::<half::bf16>()?);
+        }
+        let shape = weight.dims().to_vec();
+        Ok(Self { shape, values })
     }
-    Ok(sample)
 }
 
 impl fmt::Display for Fingerprint {

@@ -41,6 +41,7 @@ pub use combine::{Combination, Combined, Method};
 pub use consumers::Consumer;
 pub use difference::{Difference, SiteDifference};
 pub use fingerprint::Fingerprint;
+pub(crate) use fingerprint::Sample;
 pub use inspection::{InspectedSite, InspectedTensor, Inspection};
 pub use layer::LayerWeights;
 pub(crate) use reading::Reading;
