@@ -32,7 +32,7 @@ pub struct MergedFolder {
 /// read or written. There is then no folder `out`.
 pub fn merge_folder(base: &Path, merged: &MergedAdapters, out: &Path) -> Result<MergedFolder> {
     check_empty(out)?;
-    check_ties(base, merged)?;
+    check_config(base, merged)?;
     let Some(name) = out.file_name() else {
         return Err(Error::Usage(format!(
             "{} is no folder to write",
@@ -74,13 +74,32 @@ pub fn check_empty(out: &Path) -> Result<()> {
     }
 }
 
-/// Readers of a folder whose configuration ties the head take the embedding for it.
-fn check_ties(base: &Path, merged: &MergedAdapters) -> Result<()> {
+/// Checks that the configuration leaves the weights what they seem to be: not quantised, and the
+/// head its own where an adapter changes it. Readers of a folder whose configuration ties the head
+/// take the embedding for it.
+fn check_config(base: &Path, merged: &MergedAdapters) -> Result<()> {
     const HEAD: &str = "lm_head.weight";
 
     let path = base.join("config.json");
     let config = files::read_json(&path)?.unwrap_or_default();
+    if config
+        .get("quantization_config")
+        .is_some_and(|config| !config.is_null())
+    {
+        let problem = "`quantization_config` says that the weights are quantised; merge into the \
+                       base that is not";
+        return Err(Error::model(&path, problem));
+    }
     let tied = config.get("tie_word_embeddings") == Some(&true.into());
+    if tied
+        && merged
+            .names()
+            .any(|name| name.ends_with("embed_tokens.weight"))
+    {
+        let problem = "`tie_word_embeddings` is true, so a merged embedding would be the head as \
+                       well; an adapter with an embedding of its own can't be merged";
+        return Err(Error::model(&path, problem));
+    }
     if tied && merged.names().any(|name| name == HEAD) {
         let problem = format!(
             "`tie_word_embeddings` is true, so a merged `{HEAD}` would not be read; an adapter of \

@@ -27,7 +27,9 @@ impl Staged {
             path: path.to_path_buf(),
             beside: path.with_file_name(name),
         };
-        let written = File::create(&staged.beside).and_then(|file| {
+        // What is there may be a link to somewhere else: it goes, and what it points to stays.
+        let _ = fs::remove_file(&staged.beside);
+        let written = File::create_new(&staged.beside).and_then(|file| {
             let mut file = BufWriter::new(file);
             fill(&mut file)?;
             file.flush()?;

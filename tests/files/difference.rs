@@ -82,3 +82,22 @@ fn layers_and_tensors_of_one_side_are_listed() {
     assert_eq!(json["sites"][0]["path"], "k");
     assert_eq!(json["sites"][0]["second_rank"], serde_json::Value::Null);
 }
+
+#[test]
+fn a_bias_of_the_adapter_alone_is_a_difference() {
+    let with = |seed: Option<u32>| {
+        let mut layer = layer(2, 3.0, 1);
+        layer.bias = seed.map(|seed| randn(seed, 4, DType::F32));
+        adapter([("q", layer)])
+    };
+    let between = |one, other| Difference::between(&with(one), &with(other)).unwrap();
+    assert!(between(Some(1), Some(1)).is_none());
+    for (one, other) in [(Some(1), Some(2)), (Some(1), None), (None, Some(1))] {
+        let difference = between(one, other);
+        assert!(!difference.is_none() && difference.sites[0].norm < 1e-6);
+        assert_says(
+            &difference.to_string(),
+            &["lora_bias differs", "1 of 1 layers"],
+        );
+    }
+}

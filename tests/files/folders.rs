@@ -335,3 +335,17 @@ fn a_layer_whose_path_ends_like_an_adapted_one_is_excluded() {
         ["x.a.q"]
     );
 }
+
+#[cfg(unix)]
+#[test]
+fn a_link_in_the_place_of_a_file_being_written_leads_nowhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let (outside, folder) = (dir.path().join("outside"), dir.path().join("adapter"));
+    fs::write(&outside, "mine").unwrap();
+    fs::create_dir(&folder).unwrap();
+    let beside = folder.join(format!("{WEIGHTS}.tmp"));
+    std::os::unix::fs::symlink(&outside, beside).unwrap();
+    plain().write(&folder, Profile::Peft).unwrap();
+    assert_eq!(fs::read_to_string(&outside).unwrap(), "mine");
+    AdapterWeights::read(&folder).unwrap();
+}

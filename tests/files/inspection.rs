@@ -1,7 +1,7 @@
 //! What is told of an adapter.
 
 use candle_core::DType;
-use lora_core::adapter::Inspection;
+use lora_core::adapter::{Inspection, LayerWeights};
 use lora_tests::{randn, to_vec};
 
 use crate::support::*;
@@ -46,4 +46,21 @@ fn it_tells_ranks_scalings_norms_types_and_bytes() {
         serde_json::to_value(&inspection).unwrap()["sites"][1]["rank"],
         2
     );
+}
+
+#[test]
+fn a_rank_beyond_the_widths_costs_no_more_than_the_layer() {
+    for (inputs, outputs, rank) in [(6, 4, 9), (4, 6, 9), (1, 1, 100_000), (3, 2, 50_000)] {
+        let layer = LayerWeights {
+            a: randn(1, (rank, inputs), DType::F32),
+            b: randn(2, (outputs, rank), DType::F32),
+            bias: None,
+            alpha: 3.0,
+            rslora: false,
+        };
+        let delta = to_vec(&layer.delta().unwrap());
+        let norm = delta.iter().map(|value| value * value).sum::<f64>().sqrt();
+        let inspection = Inspection::of(&adapter([("q", layer)])).unwrap();
+        assert!((inspection.sites[0].norm / norm - 1.0).abs() < 1e-10);
+    }
 }

@@ -50,11 +50,15 @@ fn layers() -> impl Strategy<Value = BTreeMap<String, LayerWeights>> {
 }
 
 fn adapters() -> impl Strategy<Value = AdapterWeights> {
-    (layers(), 0.0..0.99f64, any::<bool>()).prop_map(|(layers, dropout, saved)| {
+    let parts = (layers(), 0.01..0.99f64, any::<bool>(), any::<bool>());
+    parts.prop_map(|(layers, dropout, post, saved)| {
         let mut adapter = AdapterWeights {
             layers,
             dropout,
-            dropout_position: lora_core::DropoutPosition::Pre,
+            dropout_position: match post {
+                true => lora_core::DropoutPosition::Post,
+                false => lora_core::DropoutPosition::Pre,
+            },
             ..AdapterWeights::default()
         };
         if saved {
@@ -94,6 +98,7 @@ proptest! {
         adapter.write(&one, Profile::Peft).unwrap();
         let read = AdapterWeights::read(&one).unwrap();
         prop_assert_eq!(&read.notes, &Vec::<String>::new());
+        prop_assert_eq!(read.dropout_position, adapter.dropout_position);
         for (path, layer) in &adapter.layers {
             let twin = &read.layers[path];
             prop_assert_eq!(bits(&layer.a), bits(&twin.a));

@@ -7,7 +7,7 @@ use lora_core::{
     BiasMode,
     adapter::{AdapterWeights, Consumer, Profile},
 };
-use lora_tests::randn;
+use lora_tests::{randn, to_vec};
 use serde_json::{Value, json};
 
 use crate::support::*;
@@ -161,4 +161,16 @@ fn what_only_peft_can_hold_is_refused_by_name() {
         },
         "head.weight",
     );
+}
+
+#[test]
+fn an_adapter_of_one_rank_and_a_whole_alpha_keeps_its_numbers() {
+    // 29 / 7 * 7 is not 29.
+    let mut layer = layer(7, 29.0, 1);
+    layer.a = layer.a.to_dtype(DType::BF16).unwrap();
+    layer.b = layer.b.to_dtype(DType::BF16).unwrap();
+    let universal = adapter([("q_proj", layer.clone())]).to_universal().unwrap();
+    let same = &universal.layers["q_proj"];
+    assert_eq!((same.alpha, same.b.dtype()), (29.0, DType::BF16));
+    assert_eq!(to_vec(&same.b), to_vec(&layer.b));
 }

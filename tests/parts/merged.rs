@@ -358,3 +358,15 @@ fn an_adapter_of_another_base_is_refused_once_all_of_it_is_in() -> anyhow::Resul
     merged.finish()?;
     Ok(())
 }
+
+#[test]
+fn a_quantised_base_is_refused_by_name() -> anyhow::Result<()> {
+    let merged = MergedAdapters::new([(adapter([("proj", layer(10, 6, 4))]), 1.0)])?;
+    let codes = Tensor::zeros((4, 6), DType::U8, &DEV)?;
+    let error = merged
+        .merge("proj.weight", &codes)
+        .expect_err("codes")
+        .to_string();
+    assert!(error.contains("`proj.weight` is of u8"), "{error}");
+    Ok(())
+}

@@ -285,7 +285,14 @@ impl Files {
             .and_then(Value::as_str)
             .unwrap_or("none");
         let module = key.rsplit_once('.').map_or("", |(module, _)| module);
-        let saves = |entry: &Value| entry.as_str().is_some_and(|entry| module.contains(entry));
+        // PEFT looks for modules whose names end like an entry, at a dot or not.
+        let ends = || module.match_indices('.').map(|(end, _)| end);
+        let saves = |entry: &Value| {
+            let mut ends = ends().chain([module.len()]);
+            entry
+                .as_str()
+                .is_some_and(|entry| ends.any(|end| module[..end].ends_with(entry)))
+        };
         bias != "none" && key.ends_with(".bias")
             || self
                 .config

@@ -16,7 +16,7 @@ pub(super) fn truncated(delta: &Tensor, rank: usize) -> Result<Truncated> {
     const MORE: usize = 16;
     const ITERATIONS: usize = 6;
     let (outputs, inputs) = delta.dims2()?;
-    let directions = (rank + MORE).min(outputs).min(inputs);
+    let directions = rank.saturating_add(MORE).min(outputs).min(inputs);
     let transposed = delta.t()?.contiguous()?;
     let basis = |columns: &Tensor| Matrix::of(columns)?.qr().0.tensor();
     let mut left = basis(&delta.matmul(&signs(inputs, directions)?)?)?;

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fmt};
 
-use candle_core::DType;
+use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
 
 use super::{AdapterWeights, LayerWeights, product::Product};
@@ -32,6 +32,8 @@ pub struct SiteDifference {
     pub second_norm: f64,
     /// The norm of the difference.
     pub norm: f64,
+    /// The norm of the difference of what their own biases (`lora_bias`) add to the output.
+    pub bias_norm: f64,
     /// The cosine between both; `None` if either is zero or missing, or the shapes differ.
     pub cosine: Option<f64>,
     /// Whether the layers have the same input and output widths.
@@ -83,6 +85,7 @@ impl Difference {
                 let both = site.first_rank.is_some() == site.second_rank.is_some();
                 both && site.same_shape
                     && site.norm <= ROUNDING * site.first_norm.max(site.second_norm)
+                    && site.bias_norm == 0.0
             })
     }
 }
@@ -114,9 +117,28 @@ fn site(path: &str, layers: [Option<&LayerWeights>; 2]) -> candle_core::Result<S
         first_norm,
         second_norm,
         norm: difference,
+        bias_norm: bias_norm(layers)?,
         cosine,
         same_shape,
     })
+}
+
+fn bias_norm(layers: [Option<&LayerWeights>; 2]) -> candle_core::Result<f64> {
+    let scaled = |layer: Option<&LayerWeights>| -> candle_core::Result<Option<Tensor>> {
+        let Some((layer, bias)) = layer.and_then(|layer| Some((layer, layer.bias.as_ref()?)))
+        else {
+            return Ok(None);
+        };
+        let bias = bias.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+        Ok(Some((bias * layer.scaling())?))
+    };
+    let difference = match (scaled(layers[0])?, scaled(layers[1])?) {
+        (Some(first), Some(second)) if first.dims() == second.dims() => (first - second)?,
+        (Some(first), Some(second)) => Tensor::cat(&[first, second], 0)?,
+        (Some(only), None) | (None, Some(only)) => only,
+        (None, None) => return Ok(0.0),
+    };
+    Ok(difference.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
 }
 
 impl fmt::Display for Difference {
@@ -143,6 +165,7 @@ impl fmt::Display for Difference {
                 (Some(_), None) => "  only in the first",
                 (None, Some(_)) => "  only in the second",
                 _ if !site.same_shape => "  shapes differ",
+                _ if site.bias_norm > 0.0 => "  lora_bias differs",
                 _ => "",
             };
             writeln!(f, "{remark}")?;
@@ -150,7 +173,8 @@ impl fmt::Display for Difference {
         for name in &self.saved {
             writeln!(f, "{name}  differs")?;
         }
-        let differ = self.sites.iter().filter(|site| site.norm > 0.0).count();
+        let differs = |site: &&SiteDifference| site.norm > 0.0 || site.bias_norm > 0.0;
+        let differ = self.sites.iter().filter(differs).count();
         write!(
             f,
             "{differ} of {} layers and {} whole tensors differ",

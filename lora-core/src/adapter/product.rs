@@ -3,7 +3,7 @@
 //! `ΔW` is never formed. With `B = Q_b R_b` and `Aᵀ = Q_a R_a`, all that is large is orthonormal,
 //! and norms and singular values are those of the small core `R_b R_aᵀ`.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::{
     LayerWeights,
@@ -63,6 +63,14 @@ impl Product {
 
     /// The matrix itself, `[out, in]`.
     pub fn dense(&self) -> Result<Tensor> {
+        /// Numbers of the largest matrix that is formed: more than any layer has.
+        const LARGEST: usize = 1 << 31;
+        let (outputs, inputs) = (self.b.dim(0)?, self.a.dim(1)?);
+        if outputs.saturating_mul(inputs) > LARGEST {
+            bail!(
+                "[{outputs}, {inputs}] is too large a matrix to form; combine by linear, cat or svd"
+            )
+        }
         self.b.matmul(&self.a)
     }
 
@@ -102,6 +110,20 @@ impl Product {
 
     /// `Q_b`, `R_b R_aᵀ` and `Q_a`.
     fn core(&self) -> Result<(Matrix, Tensor, Matrix)> {
+        let (outputs, rank) = self.b.dims2()?;
+        let inputs = self.a.dim(1)?;
+        if rank > outputs.min(inputs) {
+            // The matrix itself is smaller than its factors, and no core may be larger.
+            let whole = |size| Matrix::of(&Tensor::eye(size, DType::F64, &Device::Cpu)?);
+            let dense = self.dense()?;
+            return Ok(if outputs <= inputs {
+                let (right, core) = Matrix::of(&dense.t()?)?.qr();
+                (whole(outputs)?, core.tensor()?.t()?.contiguous()?, right)
+            } else {
+                let (left, core) = Matrix::of(&dense)?.qr();
+                (left, core.tensor()?, whole(inputs)?)
+            });
+        }
         let (left, r_b) = Matrix::of(&self.b)?.qr();
         let (right, r_a) = Matrix::of(&self.a.t()?)?.qr();
         let core = r_b.tensor()?.matmul(&r_a.tensor()?.t()?)?;

@@ -17,8 +17,9 @@ use super::{
     names::{Names, Parts},
     settings::Settings,
     tensors::{Tensors, read_text},
+    writing::DROPOUT_POSITION,
 };
-use crate::{Error, Result};
+use crate::{DropoutPosition, Error, Result};
 
 /// What a folder holds, and what is wrong with it.
 ///
@@ -70,6 +71,14 @@ impl Reading {
                     .notes
                     .push(format!("{METADATA_KEY}: {problem}")),
             }
+        }
+        match tensors.metadata.get(DROPOUT_POSITION).map(String::as_str) {
+            None => {}
+            Some("post") => reading.weights.dropout_position = DropoutPosition::Post,
+            Some(other) => reading
+                .weights
+                .notes
+                .push(format!("{DROPOUT_POSITION}: {other:?} is not \"post\"")),
         }
         let names = Names::of(tensors.names(), &settings);
         reading.problems.extend(names.problems);

@@ -55,7 +55,7 @@ impl AdapterWeights {
         let whole = self
             .layers
             .values()
-            .map(|layer| layer.scaling() * rank as f64)
+            .map(|layer| alpha_at(layer, rank))
             .filter(|alpha| *alpha >= 1.0 && alpha.fract() == 0.0 && *alpha < 1e9)
             .map(|alpha| alpha as u64);
         let alpha = commonest(whole).unwrap_or(rank as u64) as f64;
@@ -72,8 +72,16 @@ impl AdapterWeights {
     }
 }
 
+/// The alpha with which the layer, padded to `rank`, acts as it does.
+fn alpha_at(layer: &LayerWeights, rank: usize) -> f64 {
+    match layer.rank() == rank && !layer.rslora {
+        true => layer.alpha, // not by way of the scaling, which is rounded
+        false => layer.scaling() * rank as f64,
+    }
+}
+
 fn uniform(layer: &LayerWeights, rank: usize, alpha: f64) -> candle_core::Result<LayerWeights> {
-    let factor = layer.scaling() * rank as f64 / alpha;
+    let factor = alpha_at(layer, rank) / alpha;
     let dtype = match (layer.a.dtype(), layer.b.dtype()) {
         (a, b) if a == b && a != DType::F64 && (a == DType::F32 || is_power_of_two(factor)) => a,
         _ => DType::F32,

@@ -14,7 +14,10 @@ use super::{
     header,
     key::{self, Key, PREFIX, Part},
 };
-use crate::{BiasMode, Error, Result, atomic::Staged};
+use crate::{BiasMode, DropoutPosition, Error, Result, atomic::Staged};
+
+/// Where a safetensors file's metadata tell that dropout is on the adapter's output.
+pub(super) const DROPOUT_POSITION: &str = "lora_core.dropout_position";
 
 /// The body of [`AdapterWeights::write`].
 pub(super) fn write(adapter: &AdapterWeights, dir: &Path, profile: Profile) -> Result<()> {
@@ -30,6 +33,10 @@ pub(super) fn write(adapter: &AdapterWeights, dir: &Path, profile: Profile) -> R
     let mut metadata = BTreeMap::from([("format", "pt".to_string())]);
     if let Some(fingerprint) = &adapter.origin.fingerprint {
         metadata.insert(METADATA_KEY, fingerprint.to_string());
+    }
+    if adapter.dropout_position == DropoutPosition::Post && adapter.dropout > 0.0 {
+        // PEFT's configuration has no word for it.
+        metadata.insert(DROPOUT_POSITION, "post".to_string());
     }
 
     fs::create_dir_all(dir).map_err(|error| Error::file(dir, error))?;

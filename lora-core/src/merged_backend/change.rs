@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Shape, Tensor, bail};
 use crate::{
     Error, Result,
     adapter::{AdapterWeights, LayerWeights},
+    config::is_adapter_dtype,
     op::compute_dtype,
 };
 
@@ -73,6 +74,13 @@ impl Change {
         device: &Device,
         base: impl FnOnce(DType) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Tensor> {
+        if !is_adapter_dtype(dtype) {
+            bail!(
+                "`{name}` is of {}: an adapter can be merged into weights of f32, f64, bf16 or f16 \
+                 alone, not into quantised ones",
+                dtype.as_str()
+            )
+        }
         let wide = compute_dtype(dtype);
         let here = |tensor: &Tensor| tensor.to_device(device)?.to_dtype(wide);
         let mut sum = match &self.replacement {
