@@ -76,6 +76,9 @@ pub struct Merge {
     /// Put TO in place of FROM where the adapters' paths begin with it; either may be empty
     #[arg(long, value_name = "FROM=TO")]
     pub replace_prefix: Option<String>,
+    /// Take adapters that were trained on another base than this one, or on different ones
+    #[arg(long)]
+    pub any_base: bool,
     /// The adapters, which are added up
     #[arg(required = true, value_name = "ADAPTER[=WEIGHT]")]
     pub adapters: Vec<Weighted>,
@@ -116,6 +119,9 @@ pub struct Combine {
     /// Seed of the elements that dare drops
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     pub seed: u64,
+    /// Take adapters that were trained on different bases
+    #[arg(long)]
+    pub any_base: bool,
     /// peft or universal
     #[arg(long, value_name = "PROFILE", default_value_t = Profile::Peft)]
     pub profile: Profile,
@@ -206,7 +212,7 @@ impl Convert {
 impl Merge {
     fn run(&self) -> Result<String> {
         check_empty(&self.out)?;
-        let adapters = read(&self.adapters)?;
+        let adapters = read(&self.adapters, self.any_base)?;
         let mut said = notes(adapters.iter().map(|(adapter, _)| adapter));
         let mut merged = MergedAdapters::new(adapters)?;
         if let Some(prefixes) = &self.replace_prefix {
@@ -249,7 +255,7 @@ impl Diff {
 impl Combine {
     fn run(&self) -> Result<String> {
         check_empty(&self.out)?;
-        let adapters = read(&self.adapters)?;
+        let adapters = read(&self.adapters, self.any_base)?;
         let combination = Combination {
             method: self.method,
             rank: self.rank,
@@ -307,10 +313,14 @@ impl FromStr for Weighted {
     }
 }
 
-fn read(adapters: &[Weighted]) -> Result<Vec<(AdapterWeights, f64)>> {
-    let read = adapters
-        .iter()
-        .map(|Weighted { adapter, weight }| Ok((AdapterWeights::read(adapter)?, *weight)));
+fn read(adapters: &[Weighted], any_base: bool) -> Result<Vec<(AdapterWeights, f64)>> {
+    let read = adapters.iter().map(|Weighted { adapter, weight }| {
+        let mut adapter = AdapterWeights::read(adapter)?;
+        if any_base {
+            adapter.origin.fingerprint = None;
+        }
+        Ok((adapter, *weight))
+    });
     read.collect()
 }
 

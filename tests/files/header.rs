@@ -95,8 +95,10 @@ fn sizes_that_overflow_or_contradict_their_place_are_refused() {
         ("[0,6]", 0, 0),
         ("[]", 0, 4),
     ] {
-        let header = format!("{{{}}}", tensor(A, "F32", shape, start, end));
-        refused(&file(&header, 48), &[]);
+        // With a good B behind it, nothing but the sizes of A is wrong.
+        let b = tensor(B, "F32", "[4,2]", 48, 80);
+        let header = format!("{{{},{b}}}", tensor(A, "F32", shape, start, end));
+        refused(&file(&header, 80), &[]);
     }
 }
 

@@ -372,7 +372,8 @@ fn frame(adapters: &[(&AdapterWeights, f64)]) -> Result<AdapterWeights> {
             (Some(one), Some(other)) if same_layers && one != other => {
                 return Err(Error::Adapter(
                     "the adapters were trained on different bases: their fingerprints differ; \
-                     clear origin.fingerprint to combine them all the same"
+                     clear origin.fingerprint to combine them all the same (`lora combine \
+                     --any-base` does)"
                         .into(),
                 ));
             }

@@ -324,10 +324,11 @@ impl Files {
     }
 }
 
-/// Whether both compute the same: equal `A`, equal scaled `B`, and only zeros beyond.
+/// Whether both compute the same: equal `A`, equal scaled `B`, and only zeros beyond the rank that
+/// is meant.
 fn is_same(used: &LayerWeights, meant: &LayerWeights) -> candle_core::Result<bool> {
-    /// What one rounding of the scale leaves.
-    const TOLERANCE: f64 = 1e-12;
+    /// What one rounding to f32 leaves.
+    const TOLERANCE: f64 = 1e-7;
     let f64s = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64);
     let close = |used: &Tensor, meant: &Tensor| -> candle_core::Result<bool> {
         if used.dims() != meant.dims() {
@@ -345,7 +346,17 @@ fn is_same(used: &LayerWeights, meant: &LayerWeights) -> candle_core::Result<boo
         (Some(bias), None) => f64s(bias)?.abs()?.max_all()?.to_scalar::<f64>()? == 0.0,
         (None, bias) => bias.is_none(),
     };
+    let rank = meant.rank();
+    let Some(beyond) = used.rank().checked_sub(rank) else {
+        return Ok(false);
+    };
+    let (a, b) = (f64s(&used.a)?, scaled_b(used)?);
+    let zero = |tensor: &Tensor| -> candle_core::Result<bool> {
+        Ok(tensor.elem_count() == 0 || tensor.abs()?.max_all()?.to_scalar::<f64>()? == 0.0)
+    };
     Ok(bias
-        && close(&f64s(&used.a)?, &f64s(&meant.a)?)?
-        && close(&scaled_b(used)?, &scaled_b(meant)?)?)
+        && close(&a.narrow(0, 0, rank)?, &f64s(&meant.a)?)?
+        && close(&b.narrow(1, 0, rank)?, &scaled_b(meant)?)?
+        && zero(&a.narrow(0, rank, beyond)?)?
+        && zero(&b.narrow(1, rank, beyond)?)?)
 }

@@ -90,7 +90,7 @@ pub(super) fn bytes(shape: &[usize], dtype: DType) -> Option<u64> {
 }
 
 /// The strides of a tensor whose last axis runs fastest.
-fn row_major(shape: &[usize]) -> Option<Vec<usize>> {
+pub(super) fn row_major(shape: &[usize]) -> Option<Vec<usize>> {
     let mut strides = vec![1_usize; shape.len()];
     for axis in (1..shape.len()).rev() {
         strides[axis - 1] = strides[axis].checked_mul(shape[axis].max(1))?;

@@ -29,6 +29,9 @@ pub(super) struct Storage {
     pub len: usize,
 }
 
+/// A value takes many times the byte of the instruction that makes it.
+const MOST_VALUES: usize = 1 << 20;
+
 /// Values nested deeper than this are no state dict's.
 const DEEPEST: usize = 16;
 
@@ -169,6 +172,11 @@ struct Machine<'a> {
 impl Machine<'_> {
     fn run(&mut self) -> Result<Value, String> {
         loop {
+            if self.stack.len().max(self.memo.len()) > MOST_VALUES {
+                return Err(format!(
+                    "the pickle holds more than {MOST_VALUES} values at once; no state dict does"
+                ));
+            }
             let [code] = self.bytes()?;
             match code {
                 // PROTO

@@ -10,7 +10,7 @@ use std::{
 use candle_core::Tensor;
 
 use super::{
-    entry::{Entry, bytes},
+    entry::{Entry, bytes, row_major},
     header::Header,
     json::Json,
     pickle, zip,
@@ -198,6 +198,11 @@ fn saved_by_torch(
             problems.push(format!(
                 "`{name}` is said to have a storage of {} numbers, but that has {} bytes",
                 storage.len, member.len
+            ));
+        } else if row_major(&entry.shape).is_none() {
+            problems.push(format!(
+                "`{name}` claims tensors of shape {:?}, beyond any memory",
+                entry.shape
             ));
         } else if end.is_none_or(|end| end > storage.len) {
             problems.push(format!(

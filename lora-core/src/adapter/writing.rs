@@ -25,6 +25,7 @@ pub(super) fn write(adapter: &AdapterWeights, dir: &Path, profile: Profile) -> R
         Profile::Peft => None,
         Profile::Universal => Some(adapter.to_universal()?),
     };
+    let meant = &adapter.layers;
     let adapter = universal.as_ref().unwrap_or(adapter);
     let tensors = tensors(adapter, dir)?;
     let config = ConfigFile::of(adapter, profile)
@@ -52,11 +53,7 @@ pub(super) fn write(adapter: &AdapterWeights, dir: &Path, profile: Profile) -> R
     };
     for consumer in consumers {
         consumer
-            .check(
-                staged_config.beside(),
-                staged_weights.beside(),
-                &adapter.layers,
-            )
+            .check(staged_config.beside(), staged_weights.beside(), meant)
             .map_err(|problems| Error::Checkpoint {
                 file: dir.to_path_buf(),
                 problems,

@@ -62,7 +62,8 @@ impl Base {
         }
         Err(Error::Adapter(format!(
             "the adapter was trained on another base, whose fingerprint is {}; this one's is {ours}. \
-             To merge it all the same, clear `origin.fingerprint` of what `AdapterWeights::read` gives",
+             To merge it all the same, clear `origin.fingerprint` of what `AdapterWeights::read` gives \
+             (`lora merge --any-base` does)",
             self.fingerprint
         )))
     }
