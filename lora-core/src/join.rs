@@ -59,7 +59,10 @@ pub(crate) fn switch_of<M: LoraTargets + ?Sized>(model: &mut M) -> Result<Option
             return Err(Error::MixedBatch);
         };
         for pick in picks.iter() {
-            let pick = state.pick(&pick.name)?;
+            let pick = Pick {
+                weight: pick.weight,
+                ..state.pick(&pick.name)?
+            };
             if active.iter().all(|other| other.id != pick.id) {
                 active.push(pick);
             }

@@ -7,7 +7,7 @@ use crate::Result;
 /// Lets the process keep up to `bytes` of a CUDA device's memory that it has freed, for its next
 /// allocations. By the driver's default all of it goes back whenever the device is waited for, as at
 /// the end of every training step that looks at its loss, and has to be mapped anew; with
-/// `u64::MAX` a step took a fifth to a quarter less time on the card measured
+/// `u64::MAX` a step took a fifth to a third less time on the card measured
 /// (`lora-core/benches/RESULTS.md`). What is kept is not there for other processes.
 ///
 /// Does nothing on other devices, which have no such rule.

@@ -194,7 +194,7 @@ impl PlannedAdapter {
         let base = site.weight.dtype();
         let hidden = compute_dtype(base)
             .size_in_bytes()
-            .saturating_mul(adapter.dim);
+            .saturating_mul(adapter.dim + usize::from(adapter.lora_bias)); // and a column of ones
         let input = base.size_in_bytes().saturating_mul(shape.inputs);
         Ok(Self {
             path: site.path.clone(),

@@ -59,8 +59,9 @@ pub(crate) fn place<M: LoraTargets + ?Sized>(
     placed: bool,
 ) -> Result<()> {
     let parameters = match &switch.read().saved {
-        Some(saved) if saved.placed != placed => saved.parameters.clone(),
-        _ => return Ok(()),
+        // Even if they are said to be there: it may have been another clone that they were put in.
+        Some(saved) => saved.parameters.clone(),
+        None => return Ok(()),
     };
     model.patch_linear(&mut ModulePath::root(), &mut Place { parameters, placed })?;
     if let Some(saved) = &mut switch.write().saved {

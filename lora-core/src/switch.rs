@@ -67,6 +67,9 @@ impl Switch {
             return Ok(Choice::none());
         }
         let Some(choice) = scoped else {
+            if let Err(error) = state.agrees(&state.current) {
+                bail!("{error}")
+            }
             return Ok(state.current.clone());
         };
         if let Some(pick) = state.deleted(&choice) {

@@ -26,6 +26,10 @@ use crate::{
 /// verbs do all that they say, or nothing. They are for the whole model; a part that was adapted
 /// apart is joined with the rest by the first verb that meets both, and what has the same name
 /// there is one adapter from then on.
+///
+/// Clones are for running the same adapters elsewhere. Adding and deleting adapters, and putting in
+/// what an adapter trains outside linear layers (`modules_to_save`), reach the value that the verb is
+/// called on alone: do that before cloning.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` does not say what in it can be adapted",
     label = "nothing is known about LoRA here",

@@ -57,3 +57,20 @@ fn parts_with_a_mixed_batch_are_not_joined() {
     part.set(&part.select(&["default"]).unwrap()).unwrap();
     model.adapters().unwrap();
 }
+
+#[test]
+fn joining_keeps_the_weight_of_what_is_selected() {
+    let mut model = Model::new(DType::F32);
+    let config = PeftConfig::all_linear().dim(2);
+    model.layers[0].apply_lora(&config).unwrap();
+    model.layers[1].add_adapter("second", &config).unwrap();
+    for var in model.layers[0].lora_vars().unwrap() {
+        var.set(&var.ones_like().unwrap()).unwrap();
+    }
+    let part = model.layers[0].adapters().unwrap();
+    part.set(&part.weighted(&[("default", 0.5)]).unwrap())
+        .unwrap();
+    let before = to_vec(&model.forward(&ids(1)).unwrap());
+    model.adapters().unwrap();
+    assert_eq!(to_vec(&model.forward(&ids(1)).unwrap()), before);
+}

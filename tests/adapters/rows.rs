@@ -173,6 +173,9 @@ fn a_batch_of_the_wrong_size_is_an_error_that_names_the_layer() {
         .to_string();
     assert!(error.contains("layers.0.q_proj"), "{error}");
     assert!(error.contains("must be a multiple"), "{error}");
+    // One adapter on every row is a batch too.
+    let same = adapters.rows(&[Some("a"); 4]).unwrap();
+    assert!(same.scope(|| model.forward(&ids(6))).is_err());
     assert!(message(adapters.rows(&[None::<&str>; 0])).contains("at least one row"));
 }
 

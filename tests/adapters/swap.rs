@@ -164,3 +164,31 @@ fn a_swap_may_come_from_the_very_adapter() {
     model.swap_adapter("live", &weights).unwrap();
     assert_eq!(to_vec(&model.forward(&ids(2)).unwrap()), want);
 }
+
+#[test]
+fn after_a_swap_of_some_layers_a_saved_folder_loads_again() {
+    let (mut model, _) = running();
+    let (weights, want) = made(&PeftConfig::new(["q_proj"]).dim(2));
+    model.swap_adapter("live", &weights).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    model.save_adapter_as("live", dir.path()).unwrap();
+    model.load_adapter(dir.path()).unwrap();
+    let error = relative_error(
+        &model.forward(&ids(2)).unwrap().flatten_all().unwrap(),
+        &candle_core::Tensor::new(want, &candle_core::Device::Cpu).unwrap(),
+    );
+    assert!(error < 1e-6, "{error}");
+}
+
+#[test]
+fn an_adapter_without_a_linear_layer_is_refused() {
+    let (weights, _) = made(&PeftConfig::new(["q_proj"]).modules_to_save(["embed"]));
+    let mut model = Model::new(DType::F32);
+    let bare = AdapterWeights {
+        layers: Default::default(),
+        ..weights
+    };
+    let error = message(model.import_adapter("bare", &bare));
+    assert!(error.contains("nothing for a linear layer"), "{error}");
+    assert!(model.adapters().is_err() || model.adapters().unwrap().names().is_empty());
+}

@@ -28,6 +28,8 @@ fn a_regular_expression_covers_the_whole_path() {
         reached(&paths, &PeftConfig::new([r"re:.*\.q_proj"])).unwrap(),
         ["a.q_proj"]
     );
+    let error = refusal(Paths::new(paths), &PeftConfig::new(["re:q_proj)|(?:b"]));
+    assert!(error.contains("re:q_proj)|(?:b"), "{error}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use candle_core::{Module, Result, Tensor, bail};
+use candle_core::{Module, Result, Tensor};
 
 use super::{LinearLoRA, share::Acting};
 use crate::{
@@ -72,6 +72,7 @@ impl Module for LinearLoRA {
         self.check_input(xs)?;
         let outputs = self.weight().dim(0)?;
         let choice = self.choice()?;
+        self.check_rows(xs, &choice)?;
         match self.acting(&choice) {
             Acting::Base => return self.forward_base(xs),
             Acting::One(lora, weight) if lora.is_fused() => {
@@ -81,22 +82,10 @@ impl Module for LinearLoRA {
         }
         match choice {
             Choice::Sum(picks) => over_rows(xs, outputs, |xs| self.sum(xs, &picks)),
-            Choice::Rows(rows) => {
-                let (batch, rank) = (xs.dims()[0], xs.rank());
-                if rank < 2 || batch % rows.count != 0 {
-                    bail!(
-                        "{}: the input is {:?}, and adapters are selected for {} rows; its first \
-                         dimension must be a multiple of that",
-                        self.path,
-                        xs.dims(),
-                        rows.count,
-                    );
-                }
-                over_rows(xs, outputs, |xs| match rows.single() {
-                    Some(pick) => self.sum(xs, std::slice::from_ref(pick)),
-                    None => self.mixed(xs, &rows),
-                })
-            }
+            Choice::Rows(rows) => over_rows(xs, outputs, |xs| match rows.single() {
+                Some(pick) => self.sum(xs, std::slice::from_ref(pick)),
+                None => self.mixed(xs, &rows),
+            }),
         }
     }
 }

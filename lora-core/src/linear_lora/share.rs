@@ -52,14 +52,17 @@ impl LinearLoRA {
         }
     }
 
-    /// How the layer would compute its output for `xs`, and why not faster. The same is told with
-    /// every forward pass on a CUDA device, by `tracing` at its debug level.
+    /// How the layer would compute its output for `xs`, and why not faster. Forward passes of one
+    /// adapter on a CUDA device tell it too, by `tracing` at its debug level.
     ///
     /// # Errors
     /// If `xs` is no input of this layer, or what is selected can't act.
     pub fn compute_path(&self, xs: &Tensor) -> Result<ComputePath> {
         self.check_input(xs)?;
-        match self.acting(&self.choice()?) {
+        let choice = self.choice()?;
+        self.check_rows(xs, &choice)?;
+        let fused = |pick: &Pick| self.lora(pick.id).is_none_or(LoraAdapter::is_fused);
+        match self.acting(&choice) {
             Acting::Base => Ok(ComputePath::Base),
             Acting::One(lora, _) if !lora.is_fused() => {
                 Ok(ComputePath::Composed("use_fused is off"))
@@ -67,6 +70,10 @@ impl LinearLoRA {
             Acting::One(lora, _) => {
                 let adapter = (lora.lora_a().as_tensor(), lora.lora_b().as_tensor());
                 LoraLinear::path(&self.base, xs, adapter, lora.next_mask())
+            }
+            // A batch by rows is one operation in any case.
+            Acting::Parts if matches!(choice, Choice::Sum(_)) && !choice.picks().all(fused) => {
+                Ok(ComputePath::Composed("use_fused is off"))
             }
             Acting::Parts if xs.device().is_cpu() => Ok(ComputePath::Fused),
             Acting::Parts => Ok(ComputePath::Composed(
@@ -91,9 +98,27 @@ impl LinearLoRA {
         Ok(())
     }
 
-    /// The layer as one of several on one input, if it can be.
-    pub(crate) fn sharing(&self) -> Result<Option<Sharing<'_>>> {
-        Ok(match self.acting(&self.choice()?) {
+    /// Whether a batch by rows can be `xs`.
+    pub(super) fn check_rows(&self, xs: &Tensor, choice: &Choice) -> Result<()> {
+        if let Choice::Rows(rows) = choice
+            && (xs.rank() < 2 || xs.dims()[0] % rows.count != 0)
+        {
+            bail!(
+                "{}: the input is {:?}, and adapters are selected for {} rows; its first \
+                 dimension must be a multiple of that",
+                self.path,
+                xs.dims(),
+                rows.count,
+            );
+        }
+        Ok(())
+    }
+
+    /// The layer as one of several on the input `xs`, if it can be.
+    pub(crate) fn sharing(&self, xs: &Tensor) -> Result<Option<Sharing<'_>>> {
+        let choice = self.choice()?;
+        self.check_rows(xs, &choice)?;
+        Ok(match self.acting(&choice) {
             Acting::One(lora, weight) if lora.is_fused() && !lora.drops_input() => Some(Sharing {
                 layer: self,
                 lora,

@@ -130,9 +130,9 @@ impl Linear {
     }
 
     /// The adapted layer, if it can share its input's passes with others.
-    pub(super) fn sharing(&self) -> Result<Option<Sharing<'_>>> {
+    pub(super) fn sharing(&self, xs: &Tensor) -> Result<Option<Sharing<'_>>> {
         match &self.state {
-            State::Adapted(lora) => lora.sharing(),
+            State::Adapted(lora) => lora.sharing(xs),
             _ => Ok(None),
         }
     }

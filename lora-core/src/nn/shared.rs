@@ -39,7 +39,7 @@ use crate::{
 pub fn forward_shared<const N: usize>(layers: [&Linear; N], xs: &Tensor) -> Result<[Tensor; N]> {
     let mut sharing = Vec::with_capacity(N);
     for layer in layers {
-        sharing.push(layer.sharing()?);
+        sharing.push(layer.sharing(xs)?);
     }
     let mut outputs = Vec::with_capacity(N);
     if sharing.iter().flatten().count() < 2 {

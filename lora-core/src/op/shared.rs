@@ -10,7 +10,7 @@
 //!
 //! `S` is a node of the graph and so is every `Y_i`. The node of `S` gives the `A_i` their gradients;
 //! all of `dX` comes from the nodes of the `Y_i`, where the base's product makes it in one pass.
-//! Kept for the backward pass: `X` once, and `S`.
+//! Kept for the backward pass: `X` once, and `S`, which is thin (the CPU keeps a copy of it too).
 
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp2, CustomOp3, D, Layout, MetalStorage, Result, Shape, Tensor,

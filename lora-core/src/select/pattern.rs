@@ -19,10 +19,11 @@ impl<'a> Pattern<'a> {
     pub fn parse(field: &'static str, text: &'a str) -> Result<Self> {
         let config = |reason| Error::Config { field, reason };
         let rule = if let Some(expression) = text.strip_prefix("re:") {
-            let anchored = format!("^(?:{expression})$");
-            Rule::Regex(
-                Regex::new(&anchored).map_err(|error| config(format!("`{text}`: {error}")))?,
-            )
+            // By itself first: one with a parenthesis too many could leave the anchors.
+            let compiled = Regex::new(expression)
+                .and_then(|_| Regex::new(&format!("^(?:{expression})$")))
+                .map_err(|error| config(format!("`{text}`: {error}")))?;
+            Rule::Regex(compiled)
         } else {
             Rule::Glob(Box::new(Glob::new(text).ok_or_else(|| {
                 config(format!(

@@ -109,8 +109,11 @@ fn addition<M: LoraTargets>(
     }
     problems.extend(unpaired(&addition, survey, weights.bias));
     let nothing = addition.loras.is_empty() && addition.trained.is_empty();
-    if nothing && addition.parameters.is_empty() && problems.is_empty() {
-        problems.push("it has no tensors at all".to_string());
+    if nothing && problems.is_empty() {
+        problems.push(match addition.parameters.is_empty() {
+            true => "it has no tensors at all".to_string(),
+            false => "it has nothing for a linear layer; an adapter is kept there".to_string(),
+        });
     }
     for path in &found.incomplete {
         if !sites.contains_key(path.as_str()) {
@@ -192,7 +195,7 @@ pub(crate) fn replace<M: LoraTargets>(
         };
         homeless.remove(path);
         match weights.layers.get(path) {
-            None if incomplete.contains(path) => {}
+            None if incomplete.contains(path) || old.is_idle() => {}
             None => problems.push(format!("`{path}.lora_A.weight` is missing")),
             Some(new) if (new.rank(), new.scaling()) != (old.rank(), old.scaling()) => {
                 problems.push(format!(

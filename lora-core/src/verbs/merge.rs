@@ -1,6 +1,6 @@
 //! Adapters in the weights.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use candle_core::Tensor;
 
@@ -108,13 +108,23 @@ pub(crate) fn merge_and_unload<M: LoraTargets + ?Sized>(model: &mut M) -> Result
         return Ok(());
     };
     set_disabled(model, false)?;
-    model.patch_linear(&mut ModulePath::root(), &mut Unload)?;
+    let trained = switch.read().saved.as_ref().map(|saved| {
+        let names = saved.parameters.keys().cloned();
+        names.collect::<BTreeSet<String>>()
+    });
+    let mut unload = Unload {
+        trained: trained.unwrap_or_default(),
+    };
+    model.patch_linear(&mut ModulePath::root(), &mut unload)?;
     switch.close();
     Ok(())
 }
 
 /// Makes what acts what the model is made of.
-struct Unload;
+struct Unload {
+    /// Parameters that share their memory with variables.
+    trained: BTreeSet<String>,
+}
 
 impl Visitor for Unload {
     fn linear(&mut self, _: &ModulePath, linear: &mut Linear) -> Result<()> {
@@ -122,8 +132,11 @@ impl Visitor for Unload {
         Ok(())
     }
 
-    fn parameter(&mut self, _: &ModulePath, _: &str, tensor: &mut Tensor) -> Result<()> {
-        *tensor = tensor.detach();
+    fn parameter(&mut self, path: &ModulePath, name: &str, tensor: &mut Tensor) -> Result<()> {
+        *tensor = match self.trained.contains(&format!("{path}.{name}")) {
+            true => tensor.detach().force_contiguous()?,
+            false => tensor.detach(),
+        };
         Ok(())
     }
 }
