@@ -101,7 +101,7 @@ impl LinearLoRA {
     /// Whether a batch by rows can be `xs`.
     pub(super) fn check_rows(&self, xs: &Tensor, choice: &Choice) -> Result<()> {
         if let Choice::Rows(rows) = choice
-            && (xs.rank() < 2 || xs.dims()[0] % rows.count != 0)
+            && (xs.rank() < 2 || !xs.dims()[0].is_multiple_of(rows.count))
         {
             bail!(
                 "{}: the input is {:?}, and adapters are selected for {} rows; its first \
