@@ -1,5 +1,6 @@
 //! A frozen linear layer with its adapters.
 
+mod acting;
 mod forward;
 mod merge;
 mod share;

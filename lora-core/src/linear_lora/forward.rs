@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use candle_core::{Module, Result, Tensor};
 
-use super::{LinearLoRA, share::Acting};
+use super::{LinearLoRA, acting::Acting};
 use crate::{
     LoraAdapter,
     op::{FrozenLinear, LoraLinear, compute_dtype, over_rows, parts},
