@@ -168,11 +168,13 @@ fn a_swap_may_come_from_the_very_adapter() {
 #[test]
 fn after_a_swap_of_some_layers_a_saved_folder_loads_again() {
     let (mut model, _) = running();
+    model.rename_adapter("live", "default").unwrap();
     let (weights, want) = made(&PeftConfig::new(["q_proj"]).dim(2));
-    model.swap_adapter("live", &weights).unwrap();
+    model.swap_adapter("default", &weights).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    model.save_adapter_as("live", dir.path()).unwrap();
+    model.save_adapter(dir.path()).unwrap();
     model.load_adapter(dir.path()).unwrap();
+    assert_eq!(model.adapters().unwrap().names(), ["default"]);
     let error = relative_error(
         &model.forward(&ids(2)).unwrap().flatten_all().unwrap(),
         &candle_core::Tensor::new(want, &candle_core::Device::Cpu).unwrap(),
