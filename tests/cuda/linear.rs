@@ -97,6 +97,18 @@ impl Case {
         run(&layer, &xs, &g)
     }
 
+    /// The same by one product of the library after the other, each rounded: what PyTorch runs for
+    /// `linear(x) + lora_B(lora_A(x)) * scaling`.
+    fn compose(&self, device: &Device) -> lora_core::Result<[Tensor; 4]> {
+        let layer = self.layer(device, self.base, self.adapter)?;
+        let xs = Var::from_tensor(&self.input()?.to_device(device)?)?;
+        let g = self.output_gradient()?.to_device(device)?;
+        let (a, b) = (layer.lora_a(), layer.lora_b());
+        let low = xs.matmul(&a.t()?)?.matmul(&b.t()?)?;
+        let ys = (xs.matmul(&layer.weight().t()?)? + (low * layer.scaling())?)?;
+        gradients(&ys, &g, [&xs, a, b])
+    }
+
     /// Of the output and the input's gradient, and of the adapter's gradients.
     fn tolerances(&self) -> [f64; 4] {
         let of = |dtype| -> f64 {
@@ -125,15 +137,16 @@ fn run(layer: &LinearLoRA, xs: &Tensor, g: &Tensor) -> lora_core::Result<[Tensor
     let xs = Var::from_tensor(xs)?;
     layer.set_dropout_step(4);
     let ys = layer.forward(xs.as_tensor())?;
+    gradients(&ys, g, [&xs, layer.lora_a(), layer.lora_b()])
+}
+
+/// `ys` and the gradients of `vars` for the loss `Σ ys · g`, in f64 on the CPU.
+fn gradients(ys: &Tensor, g: &Tensor, vars: [&Var; 3]) -> lora_core::Result<[Tensor; 4]> {
     let grads = ys.mul(g)?.sum_all()?.backward()?;
     let cpu = |tensor: &Tensor| tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64);
     let grad = |var: &Var| cpu(grads.get(var).expect("a gradient"));
-    Ok([
-        cpu(&ys)?,
-        grad(&xs)?,
-        grad(layer.lora_a())?,
-        grad(layer.lora_b())?,
-    ])
+    let [xs, a, b] = vars;
+    Ok([cpu(ys)?, grad(xs)?, grad(a)?, grad(b)?])
 }
 
 const DTYPES: [(DType, DType); 6] = [
@@ -181,6 +194,35 @@ fn large_shapes_agree_with_f64() -> lora_core::Result<()> {
             Case::new(tokens, inputs, outputs, rank)
                 .of(base, adapter)
                 .check(&card)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn errors_are_no_larger_than_those_of_the_composition() -> lora_core::Result<()> {
+    let Some(card) = card() else { return Ok(()) };
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        for (tokens, inputs, outputs, rank) in [
+            (130, 264, 136, 24),
+            (2048, 2048, 2048, 16),
+            (2049, 1000, 4096, 64),
+        ] {
+            let case = Case::new(tokens, inputs, outputs, rank).of(dtype, dtype);
+            let (exact, ours, theirs) = (case.exact()?, case.run(&card)?, case.compose(&card)?);
+            for (i, want) in exact.iter().enumerate() {
+                let error = |got: &[Tensor; 4]| relative_error(&got[i], want);
+                let (name, ours, theirs) =
+                    (["y", "dx", "dA", "dB"][i], error(&ours), error(&theirs));
+                println!(
+                    "{dtype:?} {tokens} {inputs}→{outputs} r {rank} {name}: {:.2}",
+                    ours / theirs
+                );
+                assert!(
+                    ours <= 1.1 * theirs,
+                    "{name} of {case:?}: {ours}, composed {theirs}"
+                );
+            }
         }
     }
     Ok(())
