@@ -106,7 +106,8 @@ fn run(args: Args) -> Result<ExitCode> {
         [] => Vec::new(),
         test => batch::examples(test, &pretrained.tokenizer, settings.seq_len)?.0,
     };
-    let model = pretrained.load(cli::base_dtype(&dev), &dev)?;
+    let dtype = cli::dtype(settings.dtype.as_deref(), &dev)?;
+    let model = pretrained.load(dtype, &dev)?;
     let (mut trainer, report) = Trainer::new(model, settings.clone(), fingerprint)?;
     println!("{}", summary(&report.to_string()));
     if let Some(saved) = &saved {

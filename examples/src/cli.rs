@@ -44,6 +44,20 @@ pub fn base_dtype(dev: &Device) -> DType {
     }
 }
 
+/// The type called `name`, or what suits the device.
+///
+/// # Errors
+/// If there is no such type.
+pub fn dtype(name: Option<&str>, dev: &Device) -> Result<DType> {
+    name.map_or_else(
+        || Ok(base_dtype(dev)),
+        |name| {
+            name.parse()
+                .map_err(|_| Error::Usage(format!("--dtype {name} is not f32 or bf16")))
+        },
+    )
+}
+
 /// Opens a model, or the default one, which is fetched first if need be.
 pub fn open_model(path: Option<&Path>) -> Result<Pretrained> {
     let path = path.map_or_else(fetch::default_model, |path| Ok(PathBuf::from(path)))?;

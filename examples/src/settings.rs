@@ -68,6 +68,10 @@ pub struct Options {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
+    /// Type of the base weights: f32 or bf16 [default: f32 on the CPU, bf16 on a card]
+    #[arg(long, value_name = "TYPE", value_parser = ["f32", "bf16"])]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<String>,
 }
 
 /// Everything that a loss depends on.
@@ -100,6 +104,9 @@ pub struct Settings {
     pub seed: u64,
     /// `cpu`, `cuda` or `cuda:N`.
     pub device: String,
+    /// `f32` or `bf16`; `None` is what suits the device.
+    #[serde(default)]
+    pub dtype: Option<String>,
 }
 
 impl Default for Settings {
@@ -121,6 +128,7 @@ impl Default for Settings {
             seq_len: 512,
             seed: 42,
             device: "cpu".into(),
+            dtype: None,
         }
     }
 }
