@@ -49,13 +49,12 @@ pub fn base_dtype(dev: &Device) -> DType {
 /// # Errors
 /// If there is no such type.
 pub fn dtype(name: Option<&str>, dev: &Device) -> Result<DType> {
-    name.map_or_else(
-        || Ok(base_dtype(dev)),
-        |name| {
-            name.parse()
-                .map_err(|_| Error::Usage(format!("--dtype {name} is not f32 or bf16")))
-        },
-    )
+    match name {
+        None => Ok(base_dtype(dev)),
+        Some("f32") => Ok(DType::F32),
+        Some("bf16") => Ok(DType::BF16),
+        Some(name) => Err(Error::Usage(format!("--dtype {name} is not f32 or bf16"))),
+    }
 }
 
 /// Opens a model, or the default one, which is fetched first if need be.
@@ -75,4 +74,19 @@ pub fn exit(result: Result<ExitCode>) -> ExitCode {
             _ => 1,
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_type_is_what_is_named_or_suits_the_device() {
+        let on_cpu = |name| dtype(name, &Device::Cpu);
+        assert_eq!(on_cpu(None).unwrap(), DType::F32);
+        assert_eq!(on_cpu(Some("f32")).unwrap(), DType::F32);
+        assert_eq!(on_cpu(Some("bf16")).unwrap(), DType::BF16);
+        let error = on_cpu(Some("f16")).unwrap_err().to_string();
+        assert!(error.contains("--dtype f16"), "{error}");
+    }
 }
