@@ -1,8 +1,9 @@
 //! R = (LoRA forward + dx + dA + dB) / (frozen forward + dx), baseline and candidate interleaved.
 //!
-//! `cargo bench -p lora-kernels`; needs a device, and says so where there is none. Arguments after `--`:
-//! Of up to 64 tokens the ratio of the forwards is what counts. `once M K N r p` runs one forward and backward (for a profiler), `quick` takes fewer repetitions,
-//! `general` takes the general path, `8192x4096x4096` and the like choose shapes.
+//! `cargo bench -p lora-kernels`; needs a device, and says so where there is none. Of up to 64 tokens the
+//! ratio of the forwards is what counts. Arguments after `--`: `once M K N r p` runs one forward and
+//! backward (for a profiler), `quick` takes fewer repetitions, `general` and `hopper` take that path,
+//! `8192x4096x4096` and the like choose shapes.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -80,9 +81,11 @@ fn main() -> Result<()> {
         .skip(1)
         .filter(|a| a != "--bench")
         .collect();
-    let general = args.iter().any(|a| a == "general");
-    let preference = if general {
+    let asked = |name: &str| args.iter().any(|a| a == name);
+    let preference = if asked("general") {
         Preference::General
+    } else if asked("hopper") {
+        Preference::Hopper
     } else {
         Preference::Fastest
     };

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 
-use crate::dropout::{Dropout, Place};
+use crate::dropout::{Dropout, Mask, Place};
 use crate::element::Element;
 use crate::error::{Result, expect_size};
 use crate::forward::Saved;
 use crate::gemm::Product;
-use crate::hopper::{Fused, Parts, SideWork};
+use crate::hopper::{Fused, Low, MOST_MADE, Made, Parts, SideWork};
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
@@ -118,71 +118,95 @@ impl Kernels {
         let pre = Dropout::at(linear.dropout, Place::Pre);
         let post = Dropout::at(linear.dropout, Place::Post);
 
-        let mut ds = launcher.alloc("the rank-sized gradient", rows * cols)?;
-        let mut columns = RowsMut {
-            data: ds.as_view_mut(),
-            cols,
-            stride: cols,
-        };
-        let scales = Scales::all(linear.scaling);
         let s = Rows::packed(saved.s.as_view(), rows, cols);
-        let hopper = input == InputGradient::Wanted
-            && linear.path(&launcher, Product::Backward, dys) == Path::Hopper;
-        let mut bits = pre
-            .filter(|_| hopper)
-            .map(|mask| launcher.bits((rows, in_features), mask))
-            .transpose()?;
         let again;
         let packed = match &saved.packed {
             Some(packed) => packed,
             None => {
-                again = linear.pack(&launcher, false)?;
+                again = linear.pack(&launcher, rows, false)?;
                 &again
             }
         };
-        let down = Down {
-            p: &packed.b_rows(),
-            scales: &scales,
-            s: &mut columns,
-            bits: bits.as_mut(),
-        };
-        let b_part = launcher.shrink_and_outer(dys, down, &s, post)?;
-        let masking = bits.as_ref().map_or(Masking::drawn(pre), Masking::Read);
-        let ds = Rows::packed(ds.as_view(), rows, cols);
-        let side_b = Some(&s).filter(|_| b_part.is_none() && post.is_none());
-        let side = launcher.side_work(dys, in_features, side_b, Some((xs, &ds)));
-        let (dxs, parts) = match input {
-            InputGradient::Wanted => {
-                let (dxs, parts) =
-                    launcher.input_gradient(dys, &ds, linear, packed, masking, side)?;
-                (Some(dxs), parts)
-            }
-            InputGradient::Skipped => (None, Parts::default()),
-        };
-        let a_part = match parts.a {
-            Some(part) => part,
-            None => launcher.outer(xs, &ds, masking)?,
-        };
-        let b_part = match b_part.or(parts.b) {
-            Some(part) => part,
-            None => launcher.outer(dys, &s, Masking::drawn(post))?,
-        };
-        let a_sum = Sum {
-            partial: &a_part,
-            first_rank: 0,
-            rank,
-            transpose: false,
-            grad: &mut a_grad.slice_mut(..),
-        };
-        let b_sum = Sum {
-            partial: &b_part,
-            first_rank: 0,
-            rank,
-            transpose: true,
-            grad: &mut b_grad.slice_mut(..),
-        };
-        launcher.reduce::<T, P>(&mut [a_sum, b_sum], accumulate)?;
-        Ok(dxs)
+        let hopper = input == InputGradient::Wanted
+            && linear.path(&launcher, Product::Backward, dys) == Path::Hopper;
+        packed.flags.backward(&launcher, |mut flags| {
+            let beside = hopper && cols <= MOST_MADE && flags.is_some();
+            let mut ds = launcher.alloc("the rank-sized gradient", rows * cols)?;
+            let made =
+                beside && linear.undropped() && launcher.makes_backward(dys, in_features, cols);
+            // Where a mask is read, dS holds its scale, for dx and dA.
+            let (mask, scale) = pre.filter(|_| hopper).map(Mask::split).unzip();
+            let mut bits = mask
+                .map(|mask| launcher.bits((rows, in_features), mask))
+                .transpose()?;
+            let b_part = if made {
+                None
+            } else {
+                let mut columns = RowsMut {
+                    data: ds.as_view_mut(),
+                    cols,
+                    stride: cols,
+                };
+                let down = Down {
+                    p: &packed.b_rows(),
+                    scales: &Scales::all(linear.scaling * scale.unwrap_or(1.0)),
+                    s: &mut columns,
+                    bits: bits.as_mut(),
+                };
+                launcher.shrink_and_outer(dys, down, &s, post)?
+            };
+            let masking = bits.as_ref().map_or(Masking::drawn(pre), Masking::Read);
+            let side = beside.then(|| SideWork {
+                b: Some(&s).filter(|_| b_part.is_none() && post.is_none()),
+                a: Some(xs).filter(|xs| launcher.aligned(xs)),
+            });
+            let (dxs, parts) = match input {
+                InputGradient::Wanted => {
+                    let given;
+                    let low = if made {
+                        Low::Made(Made {
+                            down: &packed.b_rows(),
+                            ranks: cols,
+                            scale: linear.scaling,
+                            into: &mut ds,
+                        })
+                    } else {
+                        given = Rows::packed(ds.as_view(), rows, cols);
+                        Low::Given(&given)
+                    };
+                    let beside = (side, flags.as_deref_mut());
+                    let (dxs, parts) =
+                        launcher.input_gradient(dys, low, linear, packed, masking, beside)?;
+                    (Some(dxs), parts)
+                }
+                InputGradient::Skipped => (None, Parts::default()),
+            };
+            let ds = Rows::packed(ds.as_view(), rows, cols);
+            let a_part = match parts.a {
+                Some(part) => part,
+                None => launcher.outer(xs, &ds, masking)?,
+            };
+            let b_part = match b_part.or(parts.b) {
+                Some(part) => part,
+                None => launcher.outer(dys, &s, Masking::drawn(post))?,
+            };
+            let a_sum = Sum {
+                partial: &a_part,
+                first_rank: 0,
+                rank,
+                transpose: false,
+                grad: &mut a_grad.slice_mut(..),
+            };
+            let b_sum = Sum {
+                partial: &b_part,
+                first_rank: 0,
+                rank,
+                transpose: true,
+                grad: &mut b_grad.slice_mut(..),
+            };
+            launcher.reduce::<T, P>(&mut [a_sum, b_sum], accumulate, flags)?;
+            Ok(dxs)
+        })
     }
 }
 
@@ -191,15 +215,29 @@ impl Launcher<'_> {
     pub fn input_gradient<T: Element, P: Element>(
         &self,
         dys: &Rows<T>,
-        ds: &Rows<T>,
+        ds: Low<T>,
         linear: &LoraLinear<T, P>,
         packed: &Packed<T>,
         masking: Masking,
-        side: Option<SideWork<T>>,
+        (side, flags): (Option<SideWork<T>>, Option<&mut CudaViewMut<u32>>),
     ) -> Result<(CudaSlice<T>, Parts)> {
         let mut dxs = self.alloc("the gradient of the input", dys.rows * linear.in_features)?;
-        let parts = match linear.path(self, Product::Backward, dys) {
-            Path::Hopper => {
+        let parts = match (linear.path(self, Product::Backward, dys), ds) {
+            (Path::Decode | Path::General(_), Low::Given(ds)) => {
+                let again; // where the forward took the Hopper path, which needs no such layout
+                let a = match packed.a_cols() {
+                    Some(a) => a,
+                    None => {
+                        let source = Source::a_cols(&linear.a, linear.rank, linear.in_features);
+                        again = self.pack(&[source], None)?;
+                        again.at(0)
+                    }
+                };
+                self.expand(ds, &a, None, masking.mask(), (&mut dxs, linear.in_features))?;
+                self.accumulate(Product::Backward, dys, linear, &mut dxs)?;
+                Parts::default()
+            }
+            (_, q) => {
                 let fused = Fused {
                     product: Product::Backward,
                     input: dys,
@@ -207,26 +245,12 @@ impl Launcher<'_> {
                     w_rows: linear.out_features,
                     w_cols: linear.in_features,
                     bias: None,
-                    q: ds,
+                    q,
                     p: &packed.a_rows(),
                     masking,
                     side,
                 };
-                self.fused(fused, &mut dxs)?
-            }
-            Path::Decode | Path::General(_) => {
-                let again; // where the forward took the Hopper path, which needs no such layout
-                let a = match packed.a_cols() {
-                    Some(a) => a,
-                    None => {
-                        let source = Source::a_cols(&linear.a, linear.rank, linear.in_features);
-                        again = self.pack(&[source])?;
-                        again.at(0)
-                    }
-                };
-                self.expand(ds, &a, None, masking.mask(), (&mut dxs, linear.in_features))?;
-                self.accumulate(Product::Backward, dys, linear, &mut dxs)?;
-                Parts::default()
+                self.fused(fused, flags, &mut dxs)?
             }
         };
         Ok((dxs, parts))

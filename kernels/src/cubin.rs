@@ -129,6 +129,8 @@ fn options(request: &Request) -> Vec<String> {
     let mut options = vec![
         format!("--gpu-architecture={}", request.arch),
         "--std=c++17".to_string(),
+        // Lambdas over types carry no annotation of their own.
+        "--device-as-default-execution-space".to_string(),
     ];
     options.extend(
         request

@@ -37,6 +37,14 @@ pub(crate) struct Mask {
     scale: f32,
 }
 
+impl Mask {
+    /// The same elements, and the scale of those that are kept for the caller to apply.
+    pub fn split(self) -> (Self, f32) {
+        let unscaled = Self { scale: 1.0, ..self };
+        (unscaled, self.scale)
+    }
+}
+
 // SAFETY: plain words in the layout of the kernels' struct `Dropout`.
 unsafe impl DeviceRepr for Mask {}
 

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
 use crate::dropout::{Dropout, Place};
 use crate::element::Element;
 use crate::error::{Result, expect_size};
 use crate::gemm::{F32Math, Product, Shape};
-use crate::hopper::Fused;
+use crate::hopper::{Fused, Low, Made};
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
@@ -67,17 +67,29 @@ impl Kernels {
             });
         }
         let path = linear.path(&launcher, Product::Forward, xs);
-        let packed = linear.pack(&launcher, path != Path::Hopper)?;
-        let mut columns = RowsMut {
-            data: s.as_view_mut(),
-            cols,
-            stride: cols,
-        };
+        let packed = linear.pack(&launcher, xs.rows, path != Path::Hopper)?;
         let pre = Dropout::at(linear.dropout, Place::Pre);
-        let scales = Scales::all(linear.scaling);
-        launcher.shrink(xs, &packed.a_rows(), &scales, pre, &mut columns)?;
-        let low = Rows::packed(s.as_view(), xs.rows, cols);
-        launcher.output(xs, &low, linear, &packed, path, &mut ys)?;
+        if path == Path::Hopper && linear.undropped() && launcher.makes_forward(xs, cols) {
+            packed.flags.forward(|flags| {
+                let made = Made {
+                    down: &packed.a_rows(),
+                    ranks: cols,
+                    scale: linear.scaling,
+                    into: &mut s,
+                };
+                launcher.hopper_output(xs, Low::Made(made), linear, &packed, flags, &mut ys)
+            })?;
+        } else {
+            let mut columns = RowsMut {
+                data: s.as_view_mut(),
+                cols,
+                stride: cols,
+            };
+            let scales = Scales::all(linear.scaling);
+            launcher.shrink(xs, &packed.a_rows(), &scales, pre, &mut columns)?;
+            let low = Rows::packed(s.as_view(), xs.rows, cols);
+            launcher.output(xs, &low, linear, &packed, path, &mut ys)?;
+        }
         Ok(Forward {
             ys,
             saved: Saved {
@@ -142,29 +154,40 @@ impl Launcher<'_> {
         path: Path,
         ys: &mut CudaSlice<T>,
     ) -> Result<()> {
-        let mask = Dropout::at(linear.dropout, Place::Post);
-        let (b, bias) = (packed.b_cols(), linear.bias.as_ref());
         match path {
-            Path::Hopper => {
-                let fused = Fused {
-                    product: Product::Forward,
-                    input: xs,
-                    weight: &linear.weight,
-                    w_rows: linear.out_features,
-                    w_cols: linear.in_features,
-                    bias,
-                    q: s,
-                    p: &b,
-                    masking: Masking::drawn(mask),
-                    side: None,
-                };
-                self.fused(fused, ys).map(drop)
-            }
+            Path::Hopper => self.hopper_output(xs, Low::Given(s), linear, packed, None, ys),
             Path::Decode | Path::General(_) => {
+                let mask = Dropout::at(linear.dropout, Place::Post);
+                let (b, bias) = (packed.b_cols(), linear.bias.as_ref());
                 self.expand(s, &b, bias, mask, (ys, linear.out_features))?;
                 self.accumulate(Product::Forward, xs, linear, ys)
             }
         }
+    }
+
+    /// [`Self::output`] by the Hopper path.
+    fn hopper_output<T: Element, P: Element>(
+        &self,
+        xs: &Rows<T>,
+        s: Low<T>,
+        linear: &LoraLinear<T, P>,
+        packed: &Packed<T>,
+        flags: Option<&mut CudaViewMut<u32>>,
+        ys: &mut CudaSlice<T>,
+    ) -> Result<()> {
+        let fused = Fused {
+            product: Product::Forward,
+            input: xs,
+            weight: &linear.weight,
+            w_rows: linear.out_features,
+            w_cols: linear.in_features,
+            bias: linear.bias.as_ref(),
+            q: s,
+            p: &packed.b_cols(),
+            masking: Masking::drawn(Dropout::at(linear.dropout, Place::Post)),
+            side: None,
+        };
+        self.fused(fused, flags, ys).map(drop)
     }
 
     /// `out += input · op(W)`

@@ -20,7 +20,7 @@ use crate::dropout::{Dropout, Place};
 use crate::element::Element;
 use crate::error::{Error, Result, expect_size};
 use crate::gemm::Product;
-use crate::hopper::Parts;
+use crate::hopper::{Low, MOST_MADE, Parts, SideWork};
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
@@ -84,7 +84,7 @@ impl Kernels {
             source.packed_rows = layout.width() - last.offset();
         }
         let mut s = launcher.alloc("the rank-sized products", xs.rows * layout.width())?;
-        let packed = launcher.pack::<T, P>(&sources)?;
+        let packed = launcher.pack::<T, P>(&sources, None)?;
         let mut columns = RowsMut {
             data: s.as_view_mut(),
             cols: layout.width(),
@@ -116,7 +116,7 @@ impl Kernels {
         };
         let mut ys = launcher.alloc("the output", xs.rows * linear.out_features)?;
         let path = linear.path(&launcher, Product::Forward, xs);
-        let packed = linear.pack(&launcher, path != Path::Hopper)?;
+        let packed = linear.pack(&launcher, xs.rows, path != Path::Hopper)?;
         launcher.output(xs, &s, linear, &packed, path, &mut ys)?;
         Ok(Grouped { ys, packed })
     }
@@ -167,29 +167,43 @@ impl Kernels {
         let part = launcher.shrink_and_outer(dys, down, &s, post)?;
         let ds = ds.as_view();
         let ds = columns.of(&ds, rows)?;
-        let side = Some(&s).filter(|_| part.is_none() && post.is_none());
-        let side = launcher.side_work(dys, linear.in_features, side, None);
-        let (dxs, parts) = match input {
-            InputGradient::Wanted => {
-                let (dxs, parts) =
-                    launcher.input_gradient(dys, &ds, linear, packed, Masking::Off, side)?;
-                (Some(dxs), parts)
-            }
-            InputGradient::Skipped => (None, Parts::default()),
-        };
-        let part = match part.or(parts.b) {
-            Some(part) => part,
-            None => launcher.outer(dys, &s, Masking::drawn(post))?,
-        };
-        let sum = Sum {
-            partial: &part,
-            first_rank: 0,
-            rank: linear.rank,
-            transpose: true,
-            grad: &mut b.as_view_mut(),
-        };
-        launcher.reduce::<T, P>(&mut [sum], false)?;
-        Ok((dxs, b))
+        let side = (part.is_none() && post.is_none() && s.cols <= MOST_MADE).then_some(SideWork {
+            b: Some(&s),
+            a: None,
+        });
+        packed
+            .flags
+            .backward(&launcher, |mut flags| {
+                let (dxs, parts) = match input {
+                    InputGradient::Wanted => {
+                        let side = side.filter(|_| flags.is_some());
+                        let (dxs, parts) = launcher.input_gradient(
+                            dys,
+                            Low::Given(&ds),
+                            linear,
+                            packed,
+                            Masking::Off,
+                            (side, flags.as_deref_mut()),
+                        )?;
+                        (Some(dxs), parts)
+                    }
+                    InputGradient::Skipped => (None, Parts::default()),
+                };
+                let part = match part.or(parts.b) {
+                    Some(part) => part,
+                    None => launcher.outer(dys, &s, Masking::drawn(post))?,
+                };
+                let sum = Sum {
+                    partial: &part,
+                    first_rank: 0,
+                    rank: linear.rank,
+                    transpose: true,
+                    grad: &mut b.as_view_mut(),
+                };
+                launcher.reduce::<T, P>(&mut [sum], false, flags)?;
+                Ok(dxs)
+            })
+            .map(|dxs| (dxs, b))
     }
 
     /// The gradients of every member's A, `[rank, in_features]` each, in one pass over `xs`; `ds` is
@@ -229,7 +243,7 @@ impl Kernels {
                 grad,
             })
             .collect();
-        launcher.reduce::<T, P>(&mut sums, false)?;
+        launcher.reduce::<T, P>(&mut sums, false, None)?;
         Ok(grads)
     }
 }

@@ -98,6 +98,8 @@ impl Kernel {
                 "tile.cuh",
                 "hopper.cuh",
                 "wgmma.cuh",
+                "flags.cuh",
+                "down.cuh",
                 "rank.cuh",
                 "side.cuh"
             ),

@@ -29,6 +29,8 @@ pub(crate) struct Grid {
     pub shared_bytes: usize,
     /// Blocks of a cluster, where the kernel leaves that to the launch.
     pub cluster: Option<u32>,
+    /// Blocks wait for each other, so all of them must run at once.
+    pub cooperative: bool,
 }
 
 impl Grid {
@@ -38,6 +40,7 @@ impl Grid {
             threads,
             shared_bytes: 0,
             cluster: None,
+            cooperative: false,
         }
     }
 
@@ -107,12 +110,18 @@ impl Launcher<'_> {
             .bind_to_thread()
             .map_err(Error::driver("context switch"))?;
         // SAFETY: attributes are plain words, all of which may be zero.
-        let mut attributes: [CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut attributes: [CUlaunchAttribute; 3] = unsafe { std::mem::zeroed() };
         let mut config = grid.config(self.stream, &mut attributes);
         if self.kernels.overlaps() {
             let early = &mut attributes[config.numAttrs as usize];
             early.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
             early.value.programmaticStreamSerializationAllowed = 1;
+            config.numAttrs += 1;
+        }
+        if grid.cooperative {
+            let together = &mut attributes[config.numAttrs as usize];
+            together.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+            together.value.cooperative = 1;
             config.numAttrs += 1;
         }
         config.attrs = attributes.as_mut_ptr();

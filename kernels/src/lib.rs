@@ -29,8 +29,11 @@
 //! [`Kernels::forward_path`] and [`Kernels::backward_path`] tell which one a layer takes, and why not
 //! the faster one.
 //! - **Hopper** (compute capability 9.0): one persistent kernel (TMA and wgmma) makes the base product,
-//!   adds bias and the adapter's part in the f32 sums and rounds once. In backward, one pass over `dY`
-//!   makes `dS` and `dB`, and multiprocessors that the tiles of `dx` leave over make `dA` meanwhile.
+//!   adds bias and the adapter's part in the f32 sums and rounds once. `S` and `dS` are made either by that
+//!   kernel's first tiles, from the input that they read anyway, or in a pass before it (in backward, one
+//!   pass over `dY` for `dS` and `dB`), whichever is expected to cost less; dropout takes the pass.
+//!   Multiprocessors that the tiles of `dx` leave over make `dA`, and `dB` where no pass has, meanwhile; the
+//!   others help at the end where that does not suffice.
 //! - **Decode** (9.0, forward of up to 32 tokens without dropout): one launch for all of it, which
 //!   reads `W` once and the adapter as it is kept.
 //! - **General** (8.0 and newer): one-pass kernels write the adapter's part, and cuBLASLt adds the base
@@ -43,6 +46,9 @@
 //! Kernels are compiled by NVRTC for the card found when they are first needed, and cached in
 //! `$LORA_KERNELS_CACHE` or the user's cache folder. Building this crate needs neither a GPU nor a
 //! CUDA toolkit; running it needs the driver, NVRTC and cuBLASLt.
+//!
+//! Tiles that use an `S` made by others wait for it, so such kernels are launched cooperatively: all their
+//! blocks run at once, or none.
 //!
 //! From Hopper on a kernel starts while the one before it in the stream drains (programmatic
 //! dependent launch), if both are of this crate; that needs no care of the caller.
@@ -94,6 +100,7 @@ mod decode;
 mod dropout;
 mod element;
 mod error;
+mod flags;
 mod forward;
 mod gemm;
 mod group;

@@ -18,6 +18,7 @@ use cudarc::driver::{CudaStream, CudaView};
 use crate::dropout::{Dropout, Place};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result, expect_size};
+use crate::flags::Flags;
 use crate::gemm::{F32Math, Product};
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
@@ -57,6 +58,8 @@ pub struct LoraLinear<'a, T, P> {
 pub struct Packed<T> {
     matrices: Matrices<T>,
     has_a_cols: bool,
+    /// Of the launches that read it.
+    pub(crate) flags: Flags,
 }
 
 impl<T> Packed<T> {
@@ -119,8 +122,8 @@ impl Kernels {
 
 impl<T: Element, P: Element> LoraLinear<'_, T, P> {
     /// The adapter as the kernels read it: all that forward and backward need, but for A by columns,
-    /// which only the general path's backward reads.
-    pub(crate) fn pack(&self, launcher: &Launcher, a_cols: bool) -> Result<Packed<T>> {
+    /// which only the general path's backward reads; `rows` is the number of tokens.
+    pub(crate) fn pack(&self, launcher: &Launcher, rows: usize, a_cols: bool) -> Result<Packed<T>> {
         let (rank, wide, out) = (self.rank, self.in_features, self.out_features);
         let sources = [
             Source::a_rows(&self.a, rank, wide),
@@ -129,15 +132,22 @@ impl<T: Element, P: Element> LoraLinear<'_, T, P> {
             Source::a_cols(&self.a, rank, wide),
         ];
         let count = if a_cols { 4 } else { 3 };
+        let flags = Flags::new::<T>(launcher, rows)?;
         Ok(Packed {
-            matrices: launcher.pack(&sources[..count])?,
+            matrices: flags.zeroed_by(|words| launcher.pack(&sources[..count], words))?,
             has_a_cols: a_cols,
+            flags,
         })
     }
 
     pub(crate) fn decodes(&self, launcher: &Launcher, xs: &Rows<T>) -> bool {
+        launcher.decodes(xs, self, !self.undropped())
+    }
+
+    /// Whether nothing is dropped in this step.
+    pub(crate) fn undropped(&self) -> bool {
         let masked = |place| Dropout::at(self.dropout, place).is_some();
-        launcher.decodes(xs, self, masked(Place::Pre) || masked(Place::Post))
+        !masked(Place::Pre) && !masked(Place::Post)
     }
 
     pub(crate) fn path(&self, launcher: &Launcher, product: Product, input: &Rows<T>) -> Path {

@@ -91,8 +91,12 @@ impl<T> Matrices<T> {
 }
 
 impl Launcher<'_> {
-    /// Every source in `T`, padded with zeros.
-    pub fn pack<T: Element, P: Element>(&self, sources: &[Source<P>]) -> Result<Matrices<T>> {
+    /// Every source in `T`, padded with zeros; zeroes the flags of the launches to come as well.
+    pub fn pack<T: Element, P: Element>(
+        &self,
+        sources: &[Source<P>],
+        flags: Option<&mut CudaSlice<u32>>,
+    ) -> Result<Matrices<T>> {
         let function = self.function(
             Kernel::Pack,
             vec![
@@ -109,6 +113,9 @@ impl Launcher<'_> {
         }
         let mut data = self.alloc("packed adapters", len)?;
         let (at, _data) = data.device_ptr_mut(self.stream);
+        let words = flags.as_ref().map_or(0, |flags| flags.len()) as i32;
+        let flags = flags.map(|flags| flags.device_ptr_mut(self.stream));
+        let flags_at = flags.as_ref().map_or(0, |(at, _)| *at);
         for (some, ranges) in sources.chunks(JOBS).zip(ranges.chunks(JOBS)) {
             let mut jobs = Jobs::default();
             let mut guards = Vec::new();
@@ -128,9 +135,10 @@ impl Launcher<'_> {
             let largest = some.iter().map(Source::len).max().unwrap_or(0);
             let blocks = largest.div_ceil(1024).clamp(1, 1024) as u32;
             let grid = Grid::new([blocks, some.len() as u32, 1], 256);
+            let args = [arg(&jobs), arg(&flags_at), arg(&words)];
             // SAFETY: arguments in the order of pack.cu; sources were checked against rank and width,
-            // destinations have the packed sizes of their jobs.
-            unsafe { self.launch("launch of pack", &function, grid, &[arg(&jobs)]) }?;
+            // destinations have the packed sizes of their jobs, the flags as many words.
+            unsafe { self.launch("launch of pack", &function, grid, &args) }?;
         }
         drop(_data);
         Ok(Matrices { data, ranges })

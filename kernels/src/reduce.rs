@@ -25,11 +25,12 @@ pub(crate) struct Sum<'a, 'b, P> {
 }
 
 impl Launcher<'_> {
-    /// Writes the gradients, or adds to them. `T` is the dtype of the base.
+    /// Writes the gradients, or adds to them, and zeroes `flags`. `T` is the dtype of the base.
     pub fn reduce<T: Element, P: Element>(
         &self,
         sums: &mut [Sum<P>],
         accumulate: bool,
+        flags: Option<&mut CudaViewMut<u32>>,
     ) -> Result<()> {
         let function = self.function(
             Kernel::Reduce,
@@ -40,6 +41,9 @@ impl Launcher<'_> {
                 ("ACCUMULATE", u32::from(accumulate)),
             ],
         )?;
+        let words = flags.as_ref().map_or(0, |flags| flags.len()) as i32;
+        let flags = flags.map(|flags| flags.device_ptr_mut(self.stream));
+        let flags_at = flags.as_ref().map_or(0, |(at, _)| *at);
         for some in sums.chunks_mut(JOBS) {
             let mut jobs = Jobs::default();
             let mut guards = Vec::new();
@@ -68,9 +72,10 @@ impl Launcher<'_> {
             }
             let blocks = largest.div_ceil(4 * ELEMENTS).clamp(1, 4096) as u32;
             let grid = Grid::new([blocks, count, 1], THREADS);
+            let args = [arg(&jobs), arg(&flags_at), arg(&words)];
             // SAFETY: arguments in the order of reduce.cu; the partial sums have the sizes of their
-            // jobs and the gradients were checked to have rank * cols elements.
-            unsafe { self.launch("launch of reduce", &function, grid, &[arg(&jobs)]) }?;
+            // jobs, the gradients were checked to have rank * cols elements, the flags have their words.
+            unsafe { self.launch("launch of reduce", &function, grid, &args) }?;
         }
         Ok(())
     }

@@ -6,24 +6,33 @@
 // A cluster of two blocks makes 256 x 256 of the output, a block 128 x 256; the blocks share the
 // tiles of W by multicast. One warp loads through the tensor memory accelerator into STAGES
 // buffers; two warpgroups of 64 rows each multiply from there (wgmma) with the sums in registers.
-// The rank comes last: without dropout as further depth, with dropout by mma.sync into fresh
-// registers that are masked before they are added. Blocks stay for several tiles; a tile is stored
-// while the next one multiplies. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at most 64) 1 = the mask
-// is drawn while wgmma runs, 2 = it is read as bits, RANK_STEPS = the rank's last 1 to 4 steps of 16.
+// Blocks stay for several tiles; a tile is stored while the next one multiplies.
 //
-// SIDE 1 (backward): tiles rarely divide by the card, so the first `side.blocks` blocks make no tiles
-// but gradients of the adapter, fed by the copy engine from memory that has time to spare.
+// Without dropout the rank is further depth. With a mask that is read as bits (DROPOUT 2) it comes first,
+// and the sums are masked before the depth is added; with one that is drawn while wgmma runs (DROPOUT 1,
+// forward) it comes last, by mma.sync into fresh registers. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank
+// at most 64), RANK_STEPS = the rank's last 1 to 4 steps of 16.
+//
+// DOWN (without dropout): q is not given, the first tiles make it from the input that they read anyway (down.cuh). SIDE:
+// gradients of the adapter are made beside (side.cuh).
 
 // ---- tiles ---------------------------------------------------------------------------------
 struct Tile {
   int row, col;  // of this block's part
 };
 
-// Groups of GROUP cluster rows; within a group down the rows, then on to the next columns.
-__device__ __forceinline__ Tile tile_at(int index, int cluster_rows, int cluster_cols, int block) {
-  int group = index / (GROUP * cluster_cols), first = group * GROUP;
-  int height = min(GROUP, cluster_rows - first), within = index - first * cluster_cols;
-  return {((first + within % height) * CLUSTER + block) * TILE_ROWS, within / height * TILE_COLS};
+// The first `shares` columns of clusters, down all rows; then groups of GROUP cluster rows, within a
+// group down the rows, then on to the next columns.
+__device__ __forceinline__ Tile tile_at(int index, int cluster_rows, int cluster_cols, int shares, int block) {
+  int row = index % cluster_rows, col = index / cluster_rows;
+  if (col >= shares) {
+    index -= shares * cluster_rows;
+    int cols = cluster_cols - shares, group = index / (GROUP * cols), first = group * GROUP;
+    int height = min(GROUP, cluster_rows - first), within = index - first * cols;
+    row = first + within % height;
+    col = shares + within / height;
+  }
+  return {(row * CLUSTER + block) * TILE_ROWS, col * TILE_COLS};
 }
 
 // A place in the ring of stages.
@@ -41,79 +50,92 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     const __grid_constant__ TensorMap q_map,       // [rows, rank], box 64 x 128
     const __grid_constant__ TensorMap p_map,       // as weight_map
     const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 16
+    const __grid_constant__ TensorMap down_map,    // DOWN: [rank, depth], box 64 x rank
     const __grid_constant__ TensorMap side0_map,   // z of the first side product, box 64 x 32
     const __grid_constant__ TensorMap side1_map,   // and of the second
     const T* __restrict__ bias,                    // [cols] or null
-    int rows, int cols, int depth, int rank, Dropout dropout,
+    int rows, int cols, int depth, int rank, int busy,  // clusters with tiles
+    Dropout dropout,
     const u32* kept,  // DROPOUT 2: bits of [rows, cols]
-    Side side) {
+    Flags flags, const __grid_constant__ Down down, const __grid_constant__ Side side) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[2 * STAGES];
+  __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
   u32 stages = shared_address(shared), stores = stages + STAGES * STAGE_BYTES;
-  u32 full = shared_address(barriers), empty = full + STAGES * 8;
-
-#if SIDE
-  if (blockIdx.x < side.blocks) {
-    if (threadIdx.x >= SIDE_WARPS * 32) return;
-    __shared__ __align__(8) u64 side_barriers[SIDE_WARPS * SIDE_STAGES];
-    u32 ring_full = shared_address(side_barriers) + threadIdx.x / 32 * SIDE_STAGES * 8;
-    if (threadIdx.x % 32 == 0) {
-      for (int stage = 0; stage < SIDE_STAGES; ++stage) barrier_init(ring_full + 8 * stage, 1);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncwarp();
-    await_previous();
-    start_next();
-    int stage = 0;
-    u32 parity = 0;
-    if (side.cols0) side_work<false>(side0_map, side.q0, side.part0, side.ldq0, side.cols0, rows, kept, 1.f, side, shared, ring_full, stage, parity);
-    if (side.cols1) side_work<DROPOUT == 2>(side1_map, side.q1, side.part1, side.ldq1, side.cols1, rows, kept, DROPOUT ? dropout.scale : 1.f, side, shared, ring_full, stage, parity);
-    return;
-  }
-#endif
+  u32 full = shared_address(barriers), empty = full + STAGES * 8, drained = empty + STAGES * 8;
 
   u32 block;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
-  int side_blocks = side.blocks;
-  int cluster = (blockIdx.x - side_blocks) / CLUSTER, clusters = (gridDim.x - side_blocks) / CLUSTER;
+  int cluster = blockIdx.x / CLUSTER;
   int cluster_rows = (rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS), cluster_cols = (cols + TILE_COLS - 1) / TILE_COLS;
-  int tiles = cluster_rows * cluster_cols;
+  int tiles = cluster < busy ? cluster_rows * cluster_cols : 0;
   int depth_blocks = (depth + TILE_DEPTH - 1) / TILE_DEPTH, rank_blocks = (rank + TILE_DEPTH - 1) / TILE_DEPTH;
   // The last block of the rank is the remainder; those before it are further depth.
   int full_blocks = depth_blocks + rank_blocks - 1;
+  int shares = DOWN ? down.shares : 0;
   int warpgroup = threadIdx.x / 128;
 
+  if (threadIdx.x == 32) prefetch_map(input_map), prefetch_map(weight_map), prefetch_map(DOWN ? down_map : q_map), prefetch_map(p_map);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, 2 * CLUSTER);  // both math warpgroups of both blocks
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barrier_init(drained, 8);  // math warps
   }
+#if SIDE
+  __shared__ __align__(8) u64 side_barriers[SIDE_WARPS * SIDE_STAGES];
+  if (threadIdx.x < SIDE_WARPS * SIDE_STAGES) barrier_init(shared_address(side_barriers) + 8 * threadIdx.x, 1);
+#endif
+  if (threadIdx.x < 32) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   cluster_sync();
 
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
     if (threadIdx.x == 0) {
       Ring ring;
-      bool first = true;
-      for (int index = cluster; index < tiles; index += clusters) {
-        Tile tile = tile_at(index, cluster_rows, cluster_cols, block);
-        for (int k = 0; k < depth_blocks + rank_blocks; ++k, ring.next()) {
-          bool low = k >= depth_blocks;
-          if (low && first) {
-            // Only q comes from the kernel before this one: the base product need not await it. No
-            // tile is stored before its rank has arrived, so the stores are behind this too.
-            await_previous();
-            start_next();
-            first = false;
+      // Only q, or what makes it, comes from the kernel before this one: the base product need not await
+      // it. No tile is stored before its rank has arrived, so the stores are behind this too.
+      bool awaited = false;
+      auto await_once = [&] {
+        if (awaited) return;
+        await_previous();
+        start_next();
+        awaited = true;
+      };
+#if DOWN
+      u32 making_parity = 0;
+      if (BACKWARD) await_once();  // the input may be what that kernel writes; forward, packing was between
+#endif
+      for (int index = cluster; index < tiles; index += busy) {
+        Tile tile = tile_at(index, cluster_rows, cluster_cols, shares, block);
+        int k = 0;
+#if DOWN
+        bool making = index < shares * cluster_rows;
+        Share share(down, making ? index / cluster_rows : 0, depth_blocks);
+        if (making) {
+          k = share.start;
+          barrier_wait(drained, making_parity);
+          making_parity ^= 1;
+        }
+#endif
+        for (int turn = 0; turn < depth_blocks + rank_blocks; ++turn, ring.next()) {
+          bool low = DROPOUT == 2 ? turn == 0 : turn >= depth_blocks;
+          u32 bar = full + 8 * ring.stage, dst = stages + ring.stage * STAGE_BYTES;
+          u32 bytes = STAGE_BYTES;
+          if (low) await_once();
+#if DOWN
+          bool owned = making && !low && share.owns(k);
+          if (owned) bytes += DOWN_BYTES;
+          if (low) {
+            await_count(flags.ready(tile.row), READY);
+            fence_copies();
           }
+#endif
           const TensorMap& left = low ? q_map : input_map;
           const TensorMap& right = low ? p_map : weight_map;
-          int at = (low ? k - depth_blocks : k) * TILE_DEPTH;
-          u32 bar = full + 8 * ring.stage, dst = stages + ring.stage * STAGE_BYTES;
+          int at = (!low ? k : DROPOUT == 2 ? 0 : turn - depth_blocks) * TILE_DEPTH;
           barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
-          barrier_expect(bar, STAGE_BYTES);
+          barrier_expect(bar, bytes);
           load_box(dst, left, at, tile.row, bar);
           // Each block fetches half of the tile of W for both.
           dst += INPUT_BYTES + block * (WEIGHT_BYTES / CLUSTER);
@@ -123,6 +145,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
 #else
           load_box_for_cluster(dst, right, at, tile.col + block * 128, bar);
 #endif
+#if DOWN
+          if (owned) {
+            await_once();
+            load_box(stores + ring.stage * DOWN_BYTES, down_map, at, 0, bar);
+          }
+#endif
+          if (!low && ++k == depth_blocks) k = 0;
         }
       }
     }
@@ -158,76 +187,69 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         }
       }
     };
-    for (int index = cluster; index < tiles; index += clusters) {
-      Tile tile = tile_at(index, cluster_rows, cluster_cols, block);
-      float d[128];
-      int previous = 0;
-#if DROPOUT
-      Keep keep;
-#endif
+    auto stored = [&] {
+      if (waiting) store_half(0), store_half(1);
+      waiting = false;
+      if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    };
+    float d[128];
+    Tile tile;
+    int row0, previous;  // of the warp; the stage before
 #if DROPOUT == 1
-      u64 first_draw = (u64)((i64)(tile.row + math * 64 + warp * 16 + (lane >> 2)) * cols + tile.col + (lane & 3) * 8) >> 3;
+    Keep keep;
+    u64 first_draw;
 #endif
-      for (int k = 0; k < full_blocks; ++k, ring.next()) {
-        u32 at = stages + ring.stage * STAGE_BYTES;
-        u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
-        u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
-        barrier_wait(full + 8 * ring.stage, ring.parity);
-        wgmma_fence();
+    auto begin = [&](int index) {
+      tile = tile_at(index, cluster_rows, cluster_cols, shares, block);
+      row0 = tile.row + math * 64 + warp * 16;
+#if DROPOUT == 1
+      first_draw = (u64)((i64)(row0 + (lane >> 2)) * cols + tile.col + (lane & 3) * 8) >> 3;
+#endif
+    };
+    auto release = [&](int stage) {
+      if (thread < CLUSTER) barrier_arrive_at(empty + 8 * stage, thread);
+    };
+    auto multiply = [&](u32 at, bool add) {
+      u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
+      u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
 #pragma unroll
-        for (int step = 0; step < TILE_DEPTH / 16; ++step)
-          wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, k > 0 || step > 0);
-        wgmma_commit();
-        if (waiting) {
-          if (k == 0) store_half(0);
-          if (k == 1 || full_blocks == 1) store_half(1), waiting = false;
-        }
+      for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, add || step > 0);
+    };
+    auto multiply_rank = [&](u32 at, bool add) {
+      u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
+      u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < RANK_STEPS; ++step) wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, add || step > 0);
+      wgmma_commit();
+    };
+    // The rank as the last block, behind `turns` others of which the last may be in flight.
+    auto add_rank = [&](int turns, auto is_flying) {
+      constexpr bool FLYING = decltype(is_flying)::value;
+      u32 at = stages + ring.stage * STAGE_BYTES;
 #if DROPOUT == 1
-        if (k >= 2 && k < DRAWS + 2) keep.draw(dropout, first_draw, k - 2, cols);
-#elif DROPOUT == 2
-        if (k == full_blocks / 2) {
-          await_previous();  // of use in the first tile: the bits come from the kernel before this one
-          keep.load(kept, tile.row + math * 64 + warp * 16, rows, tile.col, cols, lane);
-        }
-#endif
-        wgmma_wait<1>();
-        if (k > 0 && thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
-        previous = ring.stage;
+      if constexpr (FLYING) {
+        wgmma_wait<0>();
+        release(previous);
       }
-#if DROPOUT
-      wgmma_wait<0>();
-      if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
-      {
-        u32 at = stages + ring.stage * STAGE_BYTES;
-#if DROPOUT == 1
-        for (int i = max(full_blocks - 2, 0); i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
-#endif
-        barrier_wait(full + 8 * ring.stage, ring.parity);
-        add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, dropout.scale, lane);
-        warpgroup_sync(math);
-        if (thread < CLUSTER) barrier_arrive_at(empty + 8 * ring.stage, thread);
-        ring.next();
-      }
+      for (int i = max(turns - 2, 0); i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
+      barrier_wait(full + 8 * ring.stage, ring.parity);
+      add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, dropout.scale, lane);
+      warpgroup_sync(math);
 #else
-      {
-        u32 at = stages + ring.stage * STAGE_BYTES;
-        u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
-        u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
-        barrier_wait(full + 8 * ring.stage, ring.parity);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < RANK_STEPS; ++step) wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, 1);
-        wgmma_commit();
+      barrier_wait(full + 8 * ring.stage, ring.parity);
+      multiply_rank(at, true);
+      if constexpr (FLYING) {
         wgmma_wait<1>();
-        if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
-        previous = ring.stage;
-        ring.next();
+        release(previous);
       }
       wgmma_wait<0>();
-      if (thread < CLUSTER) barrier_arrive_at(empty + 8 * previous, thread);
 #endif
-
-      // Rounded at once, which frees the sums for the next tile; stored while that multiplies.
+      release(ring.stage);
+      ring.next();
+    };
+    // Rounded at once, which frees the sums for the next tile; stored while that multiplies.
+    auto round = [&] {
 #pragma unroll
       for (int tile8 = 0; tile8 < TILE_COLS / 8; ++tile8) {
         float* v = &d[tile8 * 4];
@@ -242,8 +264,123 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       }
       last = tile;
       waiting = true;
+    };
+
+    int index = cluster;
+#if DOWN
+    for (; index < min(tiles, shares * cluster_rows); index += busy) {
+      stored();  // its buffers are for what makes q
+      if (lane == 0) barrier_arrive(drained);
+      begin(index);
+      Share share(down, index / cluster_rows, depth_blocks);
+      float low[2 * RANK_STEPS][4];
+      bool flying = false;
+      auto begin_step = [&](int turn) {
+        int stage = ring.stage;
+        barrier_wait(full + 8 * stage, ring.parity);
+        wgmma_fence();
+        multiply(stages + stage * STAGE_BYTES, turn > 0);
+        wgmma_commit();
+        ring.next();
+        return stage;
+      };
+      int own_left = share.steps(depth_blocks);
+      bool added = false;
+      auto add_to_low = [&](int stage) {
+        u64 input = descriptor(stages + stage * STAGE_BYTES + math * (INPUT_BYTES / 2), 16), factor = descriptor(stores + stage * DOWN_BYTES, 16);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma_narrow(low, input + step * INPUT_STEP, factor + step * INPUT_STEP, added || step > 0);
+        added = true;
+      };
+      // The rest of a step of its own, whose base product has begun; begins the step after it.
+      auto own_step = [&](auto is_last, int stage, int turn) {
+        int next = stage;
+        add_to_low(stage);
+        wgmma_commit();
+        if constexpr (decltype(is_last)::value) {
+          wgmma_wait<0>();
+        } else {
+          next = begin_step(turn + 1);
+          wgmma_wait<1>();
+        }
+        release(stage);
+        return next;
+      };
+      for (int turn = 0, k = share.start; turn < depth_blocks;) {
+        int count = min(share.run(k, depth_blocks), depth_blocks - turn);
+        if (share.owns(k)) {
+          int stage = begin_step(turn);
+          if (flying) {
+            wgmma_wait<1>();
+            release(previous);
+          }
+          for (int i = 0; i < count - 1; ++i) stage = own_step(No{}, stage, turn + i);
+          // The sums of q must be plain registers where the tile does not add to them.
+          own_step(Yes{}, stage, turn + count - 1);
+          flying = false;
+          own_left -= count;
+          if (own_left == 0) finish_down(low, down, flags, share.index, row0, rows, lane);
+        } else {
+          for (int i = 0; i < count; ++i) {
+            int stage = begin_step(turn + i);
+            wgmma_wait<1>();
+            if (flying) release(previous);
+            flying = true;
+            previous = stage;
+          }
+        }
+        turn += count;
+        if ((k += count) == depth_blocks) k = 0;
+      }
+      wgmma_wait<0>();
+      if (flying) release(previous);
+      add_rank(depth_blocks, No{});
+      round();
     }
-    if (waiting) store_half(0), store_half(1);
+#endif
+    for (; index < tiles; index += busy) {
+      begin(index);
+#if DROPOUT == 2
+      barrier_wait(full + 8 * ring.stage, ring.parity);
+      Keep keep;
+      keep.load(kept, row0, rows, tile.col, cols, lane);
+      multiply_rank(stages + ring.stage * STAGE_BYTES, false);
+      wgmma_wait<0>();
+      release(ring.stage);
+      ring.next();
+      mask_rank(d, keep);
+#endif
+      for (int k = 0; k < full_blocks; ++k, ring.next()) {
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        wgmma_fence();
+        multiply(stages + ring.stage * STAGE_BYTES, DROPOUT == 2 || k > 0);
+        wgmma_commit();
+        if (waiting) {
+          if (k == 0) store_half(0);
+          if (k == 1 || full_blocks == 1) store_half(1), waiting = false;
+        }
+#if DROPOUT == 1
+        if (k >= 2 && k < DRAWS + 2) keep.draw(dropout, first_draw, k - 2, cols);
+#endif
+        wgmma_wait<1>();
+        if (k > 0) release(previous);
+        previous = ring.stage;
+      }
+#if DROPOUT == 2
+      wgmma_wait<0>();
+      release(previous);
+#else
+      add_rank(full_blocks, Yes{});
+#endif
+      round();
+    }
+    stored();
+#if SIDE
+    __syncwarp();
+    if (tiles == 0) await_previous();  // the loader of tiles has
+    if (tiles == 0 || side.all) side_work(side0_map, side1_map, side, rows, kept, flags, shared, shared_address(side_barriers) + (math * 4 + warp) * SIDE_STAGES * 8, math * 128 + thread);
+#endif
     if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
   // A block must not leave while its partner still signals it or loads for it.

@@ -2,6 +2,13 @@
 struct alignas(64) TensorMap {
   u64 words[16];
 };
+// For `if constexpr` in lambdas.
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
 
 // ---- barriers, copies, clusters --------------------------------------------------------------
 // The barriers order the copy engine and wgmma (async proxy), which needs no fence of wider scope;
@@ -30,6 +37,7 @@ __device__ __forceinline__ void load_box(u32 dst, const TensorMap& map, int col,
       "l"(&map), "r"(col), "r"(row), "r"(bar)
       : "memory");
 }
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 // As `prefetch`.
 __device__ __forceinline__ void prefetch_box(const TensorMap& map, int col, int row) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(col), "r"(row) : "memory");

@@ -1,7 +1,7 @@
 // to[i, j] = from[i, j], or from[j, i] with `transpose`; zero where `from` has no such element.
 // Brings adapters to the dtype of the base and to padded, aligned rows.
 //
-// Up to eight matrices a launch: blockIdx.y picks one. SOURCE_F32 1 = the adapter is kept in f32.
+// Up to eight matrices a launch: blockIdx.y picks one. Zeroes `words` flags besides. SOURCE_F32 1 = the adapter is kept in f32.
 #if SOURCE_F32
 typedef float Source;
 __device__ __forceinline__ T converted(Source v) { return from_float(v); }
@@ -21,9 +21,11 @@ struct Jobs {
   Job job[8];
 };
 
-extern "C" __global__ void pack(const __grid_constant__ Jobs jobs) {
+extern "C" __global__ void pack(const __grid_constant__ Jobs jobs, u32* flags, int words) {
   await_previous();
   start_next();
+  if (blockIdx.x == 0 && blockIdx.y == 0)
+    for (int at = threadIdx.x; at < words; at += blockDim.x) flags[at] = 0;
   const Job& p = jobs.job[blockIdx.y];
   i64 count = (i64)p.packed_rows * p.packed_cols;
   // Four neighbours of a packed row a thread; rows hold multiples of 16.

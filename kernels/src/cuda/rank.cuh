@@ -1,6 +1,5 @@
 // Hopper: the rank of a product whose adapter is masked, added to the sums of a tile.
 // Options: BACKWARD, DROPOUT 1 = the mask is drawn, 2 = it is read; RANK_STEPS.
-#if DROPOUT
 #if DROPOUT == 1
 // Which of a thread's 128 elements are kept, drawn one block of 8 at a time during the products.
 // Draw i = 2 * block + h is for row g + 8h and columns 8t .. 8t + 7 of the 32-column block `block`.
@@ -23,7 +22,43 @@ struct Keep {
   }
 };
 constexpr int DRAWS = TILE_COLS / 32 * 2;
-#else
+
+// d += D(q p) for the 16 rows of a warp; q and p stand in a stage.
+__device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, const Keep& keep, float scale, int lane) {
+#pragma unroll
+  for (int wide = 0; wide < TILE_COLS / 64; ++wide) {  // 64 columns: 8 tiles of 8
+    float low[8][4] = {};
+#pragma unroll 1
+    for (int k = 0; k < RANK_STEPS; ++k) {
+      u32 a[4], b[4][4];
+      ldmatrix(a, swizzled(q, lane & 15, 2 * k + (lane >> 4)));
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        // rows are columns of the output: lanes 0-7 address 8 ranks of n .. n+7, 8-15 the next 8, 16-31 of n+8 ..
+        ldmatrix(b[pair], swizzled(p, wide * 64 + pair * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+      }
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        mma(low[2 * pair], a[0], a[1], a[2], a[3], b[pair][0], b[pair][1]);
+        mma(low[2 * pair + 1], a[0], a[1], a[2], a[3], b[pair][2], b[pair][3]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      int tile = wide * 8 + n;
+      // Thread n of the quad drew for every fourth tile from n on; bits 2t and 2t + 1 of its byte are
+      // for this thread.
+      u32 word = __shfl_sync(0xffffffffu, keep.bits[tile >> 3], n & 3, 4) >> (16 * (tile >> 2 & 1) + 2 * (lane & 3));
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float v = low[n][c] * scale;
+        bool kept = word >> (8 * (c >> 1) + (c & 1)) & 1;
+        if (kept) d[tile * 4 + c] += v;
+      }
+    }
+  }
+}
+#elif DROPOUT == 2
 // The same from memory: words of 128 columns for rows g and g + 8.
 struct Keep {
   u32 bits[2][2];
@@ -38,52 +73,15 @@ struct Keep {
       }
   }
 };
-#endif
 
-// d += D(q p) for the 16 rows of a warp; q and p stand in a stage.
-__device__ __forceinline__ void add_masked_rank(float (&d)[128], u32 q, u32 p, const Keep& keep, float scale, int lane) {
+// Zeroes what is dropped of a tile that holds nothing but q p; q holds the scale already.
+__device__ __forceinline__ void mask_rank(float (&d)[128], const Keep& keep) {
 #pragma unroll
-  for (int wide = 0; wide < TILE_COLS / 64; ++wide) {  // 64 columns: 8 tiles of 8
-    float low[8][4] = {};
-#pragma unroll 1
-    for (int k = 0; k < RANK_STEPS; ++k) {
-      u32 a[4], b[4][4];
-      ldmatrix(a, swizzled(q, lane & 15, 2 * k + (lane >> 4)));
+  for (int tile = 0; tile < TILE_COLS / 8; ++tile)
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-#if BACKWARD
-        // rows are ranks: lanes 0-15 address 16 ranks of columns n .. n+7, lanes 16-31 of n+8 .. n+15
-        ldmatrix_transposed(b[pair], swizzled(p + wide * WEIGHT_COLS_BYTES, k * 16 + (lane & 15), pair * 2 + (lane >> 4)));
-#else
-        // rows are columns of the output: lanes 0-7 address 8 ranks of n .. n+7, 8-15 the next 8, 16-31 of n+8 ..
-        ldmatrix(b[pair], swizzled(p, wide * 64 + pair * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
-#endif
-      }
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        mma(low[2 * pair], a[0], a[1], a[2], a[3], b[pair][0], b[pair][1]);
-        mma(low[2 * pair + 1], a[0], a[1], a[2], a[3], b[pair][2], b[pair][3]);
-      }
+    for (int c = 0; c < 4; ++c) {
+      bool kept = keep.bits[c >> 1][tile >> 4] >> (2 * (tile & 15) + (c & 1)) & 1;
+      d[tile * 4 + c] = kept ? d[tile * 4 + c] : 0.f;
     }
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      int tile = wide * 8 + n;
-#if DROPOUT == 1
-      // Thread n of the quad drew for every fourth tile from n on; bits 2t and 2t + 1 of its byte are
-      // for this thread.
-      u32 word = __shfl_sync(0xffffffffu, keep.bits[tile >> 3], n & 3, 4) >> (16 * (tile >> 2 & 1) + 2 * (lane & 3));
-#endif
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        float v = low[n][c] * scale;
-#if DROPOUT == 1
-        bool kept = word >> (8 * (c >> 1) + (c & 1)) & 1;
-#else
-        bool kept = keep.bits[c >> 1][tile >> 4] >> (2 * (tile & 15) + (c & 1)) & 1;
-#endif
-        if (kept) d[tile * 4 + c] += v;
-      }
-    }
-  }
 }
 #endif

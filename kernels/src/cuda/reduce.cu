@@ -1,4 +1,5 @@
 // grad (+)= sum over splits of part, in order; transposed for B. Up to eight gradients a launch.
+// Zeroes the `words` flags of the launch before, too.
 // GRAD_F32 1 = gradients in f32, else in the dtype of the base; ACCUMULATE 1 = add to what is there.
 #if GRAD_F32
 typedef float Grad;
@@ -48,9 +49,11 @@ __device__ __forceinline__ V total(const Job& p, i64 at, bool live) {
   return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(ELEMENTS * PARTS) reduce(const __grid_constant__ Jobs jobs) {
+extern "C" __global__ void __launch_bounds__(ELEMENTS * PARTS) reduce(const __grid_constant__ Jobs jobs, u32* flags, int words) {
   await_previous();
   start_next();
+  if (blockIdx.x == 0 && blockIdx.y == 0)
+    for (int at = threadIdx.x; at < words; at += blockDim.x) flags[at] = 0;
   const Job& p = jobs.job[blockIdx.y];
   i64 count = (i64)p.rank * p.cols;
   int wide = p.cols % 4 == 0 ? 4 : 1;

@@ -1,5 +1,5 @@
 // Hopper: the tile of the product, its copies within a cluster and its step on the tensor cores.
-// Options: DTYPE 1 or 2, BACKWARD.
+// Options: DTYPE 1 or 2, BACKWARD, DOWN, RANK_STEPS.
 constexpr int TILE_ROWS = 128, TILE_COLS = 256, TILE_DEPTH = 64;
 constexpr int STAGES = 4;
 constexpr int CLUSTER = 2;
@@ -7,7 +7,7 @@ constexpr int GROUP = 8;  // cluster rows that are walked together, so that W is
 constexpr int INPUT_BYTES = TILE_ROWS * TILE_DEPTH * 2, WEIGHT_BYTES = TILE_COLS * TILE_DEPTH * 2;
 constexpr int STAGE_BYTES = INPUT_BYTES + WEIGHT_BYTES;
 constexpr int STORE_BYTES = 16 * 64 * 2;  // a store box: 16 rows of 128 bytes
-constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
+constexpr int LOADER_REGISTERS = DOWN && RANK_STEPS == 4 ? 24 : 40, MATH_REGISTERS = LOADER_REGISTERS == 24 ? 240 : 232;
 
 // ---- copies within a cluster -----------------------------------------------------------------
 __device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {
@@ -60,6 +60,24 @@ __device__ __forceinline__ void wgmma(float (&d)[128], u64 input, u64 weight, in
       " %128, %129, p, 1, 1, 0, " TRANSPOSE_WEIGHT ";\n}"
       : F64(d, 0), F64(d, 64)
       : "l"(input), "l"(weight), "r"(accumulate));
+}
+// The same, 64 x N, of operands that lie along the depth; sums [8 columns][4].
+#define F4OF(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define NARROW(n) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." HALF_NAME "." HALF_NAME " "
+__device__ __forceinline__ void wgmma_narrow(float (&d)[2][4], u64 left, u64 right, int accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n" NARROW("16") "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
+               : F4OF(d[0]), F4OF(d[1])
+               : "l"(left), "l"(right), "r"(accumulate));
+}
+__device__ __forceinline__ void wgmma_narrow(float (&d)[4][4], u64 left, u64 right, int accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n" NARROW("32") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, 0, 0;\n}"
+               : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3])
+               : "l"(left), "l"(right), "r"(accumulate));
+}
+__device__ __forceinline__ void wgmma_narrow(float (&d)[8][4], u64 left, u64 right, int accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" NARROW("64") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
+               : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]), F4OF(d[4]), F4OF(d[5]), F4OF(d[6]), F4OF(d[7])
+               : "l"(left), "l"(right), "r"(accumulate));
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -1,0 +1,29 @@
+// Hopper: what blocks of one launch tell each other through memory that was zero before it.
+
+// Adds 1, behind what this thread wrote and saw written, and sees what others wrote before they did.
+__device__ __forceinline__ u32 count_up(u32* flag) {
+  u32 old;
+  __threadfence();
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(flag) : "memory");
+  return old;
+}
+__device__ __forceinline__ void await_count(const u32* flag, u32 count) {
+  u32 found;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+  while (found < count);
+}
+// Orders plain accesses of this thread, and those it has synchronized with, and copies by the engine.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// As in hopper.rs.
+struct Flags {
+  u32* words;
+  int cluster_rows;
+  // Next unit of side work.
+  __device__ __forceinline__ u32* unit() const { return words; }
+  // Parts of q that are there, for every 16 rows.
+  __device__ __forceinline__ u32* parts(int row) const { return words + 1 + row / 16; }
+  // Sixteenths of q that are there, for every 128 rows.
+  __device__ __forceinline__ u32* ready(int row) const { return words + 1 + cluster_rows * 16 + row / 128; }
+};
+constexpr int READY = 8;  // warps of 16 rows

@@ -1,0 +1,73 @@
+//! Words by which the blocks of one launch wait for each other; zero before it.
+
+use std::sync::Mutex;
+
+use cudarc::driver::{CudaSlice, CudaViewMut};
+
+use crate::element::{DType, Element};
+use crate::error::{Error, Result};
+use crate::hopper::TILE;
+use crate::kernels::lock;
+use crate::launch::Launcher;
+
+/// The flags of a forward, and behind them those of its backward; none where no kernel uses them.
+#[derive(Debug)]
+pub(crate) struct Flags {
+    words: Option<Mutex<Option<CudaSlice<u32>>>>,
+    rows: usize,
+}
+
+/// Words of a launch, as in flags.cuh.
+fn words(rows: usize) -> usize {
+    1 + 18 * rows.div_ceil(TILE)
+}
+
+impl Flags {
+    /// Room for the flags of `rows` tokens; the caller has it zeroed.
+    pub fn new<T: Element>(launcher: &Launcher, rows: usize) -> Result<Self> {
+        let used = launcher.kernels.arch() == "sm_90a" && T::DTYPE != DType::F32 && rows > 0;
+        let words = used
+            .then(|| launcher.alloc("flags", 2 * words(rows)))
+            .transpose()?;
+        Ok(Self {
+            words: words.map(|words| Mutex::new(Some(words))),
+            rows,
+        })
+    }
+
+    /// Runs `zero` on the words.
+    pub fn zeroed_by<R>(&self, zero: impl FnOnce(Option<&mut CudaSlice<u32>>) -> R) -> R {
+        let mut kept = self.words.as_ref().map(lock);
+        zero(kept.as_mut().and_then(|kept| kept.as_mut()))
+    }
+
+    /// Runs `forward` with its words.
+    pub fn forward<R>(&self, forward: impl FnOnce(Option<&mut CudaViewMut<u32>>) -> R) -> R {
+        let end = words(self.rows);
+        self.zeroed_by(|words| forward(words.map(|words| words.slice_mut(..end)).as_mut()))
+    }
+
+    /// Runs `backward` with its words, which it has to leave zero. Another backward of the same forward
+    /// at the same time, and one after a failed one, get words of their own.
+    pub fn backward<R>(
+        &self,
+        launcher: &Launcher,
+        backward: impl FnOnce(Option<&mut CudaViewMut<u32>>) -> Result<R>,
+    ) -> Result<R> {
+        let Some(kept) = &self.words else {
+            return backward(None);
+        };
+        let start = words(self.rows);
+        let words = lock(kept).take();
+        let mut words = match words {
+            Some(words) => words,
+            None => launcher
+                .stream
+                .alloc_zeros(2 * start)
+                .map_err(Error::driver("allocation"))?,
+        };
+        let result = backward(Some(&mut words.slice_mut(start..)))?;
+        *lock(kept) = Some(words);
+        Ok(result)
+    }
+}
