@@ -9,15 +9,17 @@ use crate::element::Element;
 use crate::error::{Result, expect_size};
 use crate::forward::Saved;
 use crate::gemm::Product;
-use crate::hopper::{Fused, Low, MOST_MADE, Made, Parts, SideWork};
+use crate::hopper::Fused;
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
+use crate::making::{Low, MOST_MADE, Made};
 use crate::masking::Masking;
 use crate::pack::Source;
 use crate::path::Path;
 use crate::reduce::Sum;
 use crate::rows::{Rows, padded_rank};
+use crate::side::{Parts, SideWork};
 use crate::skinny::{RowsMut, Scales};
 use crate::sweep::Down;
 

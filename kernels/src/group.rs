@@ -20,15 +20,17 @@ use crate::dropout::{Dropout, Place};
 use crate::element::Element;
 use crate::error::{Error, Result, expect_size};
 use crate::gemm::Product;
-use crate::hopper::{Low, MOST_MADE, Parts, SideWork};
+
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
+use crate::making::{Low, MOST_MADE};
 use crate::masking::Masking;
 use crate::pack::Source;
 use crate::path::Path;
 use crate::reduce::Sum;
 use crate::rows::Rows;
+use crate::side::{Parts, SideWork};
 use crate::skinny::{RowsMut, Scales};
 use crate::sweep::Down;
 

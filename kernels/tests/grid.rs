@@ -202,6 +202,7 @@ fn the_hopper_path_matches_f64_wherever_it_can_run() {
         (1000, 14336, 512, 16),
         (300, 512, 768, 128),
         (300, 768, 512, 256),
+        (17_001, 264, 264, 16), // more rows of tiles than the card has clusters
     ] {
         let case = Case {
             bias: true,

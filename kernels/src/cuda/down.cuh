@@ -4,8 +4,7 @@
 // share of the depth, in windows of `window` steps of 64: window w belongs to tile w % shares, which
 // starts to multiply `delay` steps before the first of its own: by then `down` is there, and q is before
 // any tile needs it. The sums of the shares meet in memory; the last warp to arrive adds them, always in
-// the same order.
-// Options: DOWN 1 = on; RANK_STEPS 1, 2 or 4.
+// the same order. Options: DOWN 1 = on; RANK_STEPS 1, 2 or 4.
 struct Down {
   T* q;            // [rows, rank]
   float* partial;  // [shares, whole clusters of rows, rank]
@@ -19,7 +18,10 @@ constexpr int RANK = 16 * RANK_STEPS, DOWN_BYTES = RANK * TILE_DEPTH * 2;
 // Which steps of the depth are a tile's own, and in which order it takes all of them.
 struct Share {
   int index, shares, window, start;
-  __device__ __forceinline__ Share(const Down& down, int index, int depth_blocks) : index(index), shares(down.shares), window(down.window), start(index * down.window - down.delay + (index * down.window < down.delay ? depth_blocks : 0)) {}
+  __device__ __forceinline__ Share(const Down& down, int index, int depth_blocks) : index(index), shares(down.shares), window(down.window) {
+    start = index * window - down.delay;
+    if (start < 0) start += depth_blocks;
+  }
   __device__ __forceinline__ bool owns(int k) const { return k / window % shares == index; }
   // Steps from k on that are alike: its own, or not.
   __device__ __forceinline__ int run(int k, int depth_blocks) const {
@@ -67,6 +69,7 @@ __device__ __forceinline__ void finish_down(float (&acc)[2 * RANK_STEPS][4], con
       int row = row0 + h * 8 + g;
       if (row < rows) *reinterpret_cast<u32*>(down.q + (i64)row * RANK + n * 8 + 2 * t) = pack_halves(down.scale * acc[n][2 * h], down.scale * acc[n][2 * h + 1]);
     }
+  fence_copies();
   __syncwarp();
   if (lane == 0) count_up(flags.ready(row0));
 }

@@ -37,7 +37,8 @@ struct SideUnit {
 };
 
 // Threads are those of the two warpgroups that multiply; `full` are the barriers of the warp's ring.
-__device__ __forceinline__ void side_work(const TensorMap& map0, const TensorMap& map1, const Side& side, int rows, const u32* kept, const Flags& flags, unsigned char* shared, u32 full, int thread) {
+__device__ __forceinline__ void side_work(
+    const TensorMap& map0, const TensorMap& map1, const Side& side, int rows, const u32* kept, const Flags& flags, unsigned char* shared, u32 full, int thread) {
   __shared__ u32 slots[2];
   int lane = thread & 31, warp = thread >> 5;
   u32 ring = shared_address(shared) + warp * SIDE_STAGES * BOX_BYTES;
