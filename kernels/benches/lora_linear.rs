@@ -1,7 +1,9 @@
 //! R = (LoRA forward + dx + dA + dB) / (frozen forward + dx), baseline and candidate interleaved.
 //!
 //! `cargo bench -p lora-kernels`; needs a device, and says so where there is none. Of up to 64 tokens the
-//! ratio of the forwards is what counts. Arguments after `--`: `once M K N r p` runs one forward and
+//! ratio of the forwards is what counts, and a fill of memory runs before each: it leaves neither the
+//! weight in the L2 cache, where a model's other layers would not either, nor the device waiting for the
+//! host, which is slower than so short a layer. Arguments after `--`: `once M K N r p` runs one forward and
 //! backward (for a profiler), `quick` takes fewer repetitions, `general` and `hopper` take that path,
 //! `8192x4096x4096` and the like choose shapes.
 
@@ -9,7 +11,7 @@ use std::error::Error;
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUevent_flags;
-use cudarc::driver::{CudaSlice, CudaStream};
+use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DriverError};
 use half::bf16;
 use lora_kernels::{
     Dropout, F32Math, InputGradient, Kernels, LoraLinear, Place, Preference, Rows, first_device,
@@ -127,7 +129,7 @@ fn main() -> Result<()> {
         if !chosen.is_empty() && !chosen.iter().any(|&c| *c == name) {
             continue;
         }
-        let layer = Layer::new(&stream, s)?;
+        let mut layer = Layer::new(&stream, s)?;
         let m = layer.measure(&kernels, &stream, repetitions)?;
         let must = s.must.map_or(String::new(), |m| format!("{m:.2}"));
         let judged = if s.tokens <= 64 { m.forward } else { m.ratio };
@@ -168,7 +170,12 @@ struct Layer {
     weight: CudaSlice<bf16>,
     a: CudaSlice<f32>,
     b: CudaSlice<f32>,
+    /// What is filled before a layer of few tokens.
+    filled: Option<CudaSlice<u8>>,
 }
+
+/// Bytes: several L2 caches, and longer to write than a layer is to launch.
+const FILLED: usize = 1 << 30;
 
 impl Layer {
     fn new(stream: &Arc<CudaStream>, shape: Shape) -> Result<Self> {
@@ -188,6 +195,10 @@ impl Layer {
             weight: stream.clone_htod(&half(out_features * in_features, 3))?,
             a: stream.clone_htod(&full(rank * in_features, 4))?,
             b: stream.clone_htod(&full(out_features * rank, 5))?,
+            filled: match tokens {
+                ..=64 => Some(stream.alloc_zeros(FILLED)?),
+                _ => None,
+            },
         })
     }
 
@@ -205,11 +216,7 @@ impl Layer {
     }
 
     /// Forward and backward of the frozen linear; the event between them is returned.
-    fn frozen(
-        &self,
-        kernels: &Kernels,
-        stream: &Arc<CudaStream>,
-    ) -> Result<cudarc::driver::CudaEvent> {
+    fn frozen(&self, kernels: &Kernels, stream: &Arc<CudaStream>) -> Result<CudaEvent> {
         let (xs, dys) = self.rows();
         let weight = self.weight.as_view();
         let weight = (&weight, self.shape.out_features, self.shape.in_features);
@@ -220,11 +227,7 @@ impl Layer {
         Ok(middle)
     }
 
-    fn lora(
-        &self,
-        kernels: &Kernels,
-        stream: &Arc<CudaStream>,
-    ) -> Result<cudarc::driver::CudaEvent> {
+    fn lora(&self, kernels: &Kernels, stream: &Arc<CudaStream>) -> Result<CudaEvent> {
         let (xs, dys) = self.rows();
         let Shape {
             in_features,
@@ -259,8 +262,16 @@ impl Layer {
         Ok(middle)
     }
 
+    /// An event to measure from.
+    fn begin(&mut self, stream: &Arc<CudaStream>) -> Result<CudaEvent> {
+        if let Some(filled) = &mut self.filled {
+            stream.memset_zeros(filled)?;
+        }
+        event(stream)
+    }
+
     fn measure(
-        &self,
+        &mut self,
         kernels: &Kernels,
         stream: &Arc<CudaStream>,
         repetitions: usize,
@@ -272,18 +283,20 @@ impl Layer {
         stream.synchronize()?;
         let mut runs = Vec::new();
         for _ in 0..repetitions {
-            let start = event(stream)?;
-            let frozen = self.frozen(kernels, stream)?;
-            let between = event(stream)?;
-            let lora = self.lora(kernels, stream)?;
-            runs.push((start, frozen, between, lora, event(stream)?));
+            let start = self.begin(stream)?;
+            let frozen = (start, self.frozen(kernels, stream)?, event(stream)?);
+            let start = self.begin(stream)?;
+            let lora = (start, self.lora(kernels, stream)?, event(stream)?);
+            runs.push([frozen, lora]);
         }
         stream.synchronize()?;
-        let us = |a: &cudarc::driver::CudaEvent, b| a.elapsed_ms(b).map(|ms| f64::from(ms) * 1e3);
+        let us = |a: &CudaEvent, b| a.elapsed_ms(b).map(|ms| f64::from(ms) * 1e3);
         let mut columns: [Vec<f64>; 5] = Default::default();
-        for (start, frozen_middle, between, lora_middle, end) in &runs {
-            let frozen = (us(start, frozen_middle)?, us(frozen_middle, between)?);
-            let lora = (us(between, lora_middle)?, us(lora_middle, end)?);
+        for run in &runs {
+            let [frozen, lora] = run.each_ref().map(|(start, middle, end)| {
+                Ok::<_, DriverError>((us(start, middle)?, us(middle, end)?))
+            });
+            let (frozen, lora) = (frozen?, lora?);
             let (frozen_all, lora_all) = (frozen.0 + frozen.1, lora.0 + lora.1);
             let row = [
                 frozen_all,
@@ -307,7 +320,7 @@ impl Layer {
     }
 }
 
-fn event(stream: &Arc<CudaStream>) -> Result<cudarc::driver::CudaEvent> {
+fn event(stream: &Arc<CudaStream>) -> Result<CudaEvent> {
     Ok(stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?)
 }
 
