@@ -136,7 +136,16 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
     if arch == "sm_90a" {
         let base = [("DTYPE", 1), ("ALIGNED", 1)];
         all.push((Kernel::Bits, base.to_vec()));
-        for (tiles, ranks) in [(1, 16), (1, 128), (2, 16), (2, 64), (4, 16), (4, 32)] {
+        for (tiles, ranks) in [
+            (1, 16),
+            (1, 128),
+            (2, 16),
+            (2, 64),
+            (4, 16),
+            (4, 64),
+            (8, 16),
+            (8, 32),
+        ] {
             for adapter_f32 in [0, 1] {
                 let options = [("NT", tiles), ("RT", ranks), ("ADAPTER_F32", adapter_f32)];
                 all.push((Kernel::Decode, [&base[..], &options[..]].concat()));

@@ -98,12 +98,13 @@ impl Kernel {
                 "tile.cuh",
                 "hopper.cuh",
                 "wgmma.cuh",
+                "gemm.cuh",
                 "flags.cuh",
                 "down.cuh",
                 "rank.cuh",
                 "side.cuh"
             ),
-            Self::Decode => with_tile!("decode.cu"),
+            Self::Decode => joined!("decode.cu", "tile.cuh", "hopper.cuh", "wgmma.cuh"),
         }
     }
 }

@@ -11,8 +11,8 @@ use cudarc::driver::sys::{
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 
-/// Columns of a box: 128 bytes of half-precision elements.
-const BOX_COLS: u32 = 64;
+/// Bytes of a row of a box: 64 halves, or 32 floats.
+const BOX_ROW_BYTES: usize = 128;
 
 /// A description of a matrix for the copy engine, passed to kernels by value.
 #[derive(Clone, Copy)]
@@ -23,7 +23,7 @@ pub(crate) struct TensorMap([u64; 16]);
 unsafe impl DeviceRepr for TensorMap {}
 
 impl TensorMap {
-    /// `[rows, cols]` at `address`, rows `stride` elements apart, in swizzled boxes of 64 columns.
+    /// `[rows, cols]` at `address`, rows `stride` elements apart, in swizzled boxes whose rows have 128 bytes.
     pub fn new<T: Element>(
         address: u64,
         (rows, cols, stride): (usize, usize, usize),
@@ -39,7 +39,10 @@ impl TensorMap {
             [cols as u64, rows as u64],
             [(stride * size_of::<T>()) as u64],
         );
-        let (box_size, steps) = ([BOX_COLS, box_rows as u32], [1, 1]);
+        let (box_size, steps) = (
+            [(BOX_ROW_BYTES / size_of::<T>()) as u32, box_rows as u32],
+            [1, 1],
+        );
         // SAFETY: the arrays have two, one, two and two elements, as rank 2 asks for; `map` is 128 bytes
         // aligned to 128 and only written.
         unsafe {

@@ -213,14 +213,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
       u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
 #pragma unroll
-      for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, add || step > 0);
+      for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, add || step > 0);
     };
     auto multiply_rank = [&](u32 at, bool add) {
       u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
       u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < RANK_STEPS; ++step) wgmma(d, input + step * INPUT_STEP, weight + step * WEIGHT_STEP, add || step > 0);
+      for (int step = 0; step < RANK_STEPS; ++step) wgmma(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, add || step > 0);
       wgmma_commit();
     };
     // The rank as the last block, behind `turns` others of which the last may be in flight.
@@ -290,7 +290,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         u64 input = descriptor(stages + stage * STAGE_BYTES + math * (INPUT_BYTES / 2), 16), factor = descriptor(stores + stage * DOWN_BYTES, 16);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma_narrow(low, input + step * INPUT_STEP, factor + step * INPUT_STEP, added || step > 0);
+        for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma_narrow(low, input + step * DEPTH_STEP, factor + step * DEPTH_STEP, added || step > 0);
         added = true;
       };
       // The rest of a step of its own, whose base product has begun; begins the step after it.
@@ -339,12 +339,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       round();
     }
 #endif
+#if DROPOUT == 2
+    Keep keep;
+#endif
     for (; index < tiles; index += busy) {
       begin(index);
 #if DROPOUT == 2
       barrier_wait(full + 8 * ring.stage, ring.parity);
-      Keep keep;
-      keep.load(kept, row0, rows, tile.col, cols, lane);
+      if (index == cluster) keep.load(kept, row0, rows, tile.col, cols, lane);
       multiply_rank(stages + ring.stage * STAGE_BYTES, false);
       wgmma_wait<0>();
       release(ring.stage);
@@ -362,6 +364,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         }
 #if DROPOUT == 1
         if (k >= 2 && k < DRAWS + 2) keep.draw(dropout, first_draw, k - 2, cols);
+#elif DROPOUT == 2
+        if (k == full_blocks / 2 && index + busy < tiles) {
+          Tile next = tile_at(index + busy, cluster_rows, cluster_cols, shares, block);
+          keep.load(kept, next.row + math * 64 + warp * 16, rows, next.col, cols, lane);
+        }
 #endif
         wgmma_wait<1>();
         if (k > 0) release(previous);
