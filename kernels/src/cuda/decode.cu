@@ -6,7 +6,8 @@
 // In the end the blocks exchange their sums, and each adds up 32 rows. The adapter is read as it is kept, no
 // other kernel packs it.
 // Options: DTYPE 1 or 2, ADAPTER_F32 1 = the adapter is in f32, NT tiles of 8 tokens, RT ranks.
-// With few tokens x is short, and four blocks are read from more places at once.
+//
+// A cluster of four blocks reads x and A half as often, one of two has more room for its ring.
 constexpr int CLUSTER = NT <= 2 ? 4 : 2, OWN_ROWS = 32, ROWS = CLUSTER * OWN_ROWS, WARPS = ROWS / 16, THREADS = (WARPS + 1) * 32;
 constexpr int DEPTH = 64, TOKENS = 8 * NT, RANK_TILES = RT / 16;
 constexpr int ADAPTER_BOXES = ADAPTER_F32 ? 2 : 1, ADAPTER_COLS = DEPTH / ADAPTER_BOXES;  // of 128 bytes

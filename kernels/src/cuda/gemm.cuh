@@ -31,7 +31,7 @@ __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
 }
 
 // ---- wgmma ---------------------------------------------------------------------------------
-constexpr u32 WEIGHT_COLS_BYTES = TILE_DEPTH * 128;          // to the next 64 columns of a tile of W, backward
+constexpr u32 WEIGHT_COLS_BYTES = TILE_DEPTH * 128;             // to the next 64 columns of a tile of W, backward
 constexpr u32 WEIGHT_STEP = BACKWARD ? 2048 >> 4 : DEPTH_STEP;  // 16 rows, or 32 bytes of a row
 
 #define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
