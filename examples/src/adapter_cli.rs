@@ -20,6 +20,7 @@ use lora_core::adapter::Profile;
 
 use crate::Error;
 use crate::Result;
+use crate::cli::printable;
 use crate::merge_folder::check_empty;
 use crate::merge_folder::merge_folder;
 
@@ -154,13 +155,14 @@ impl Command {
     /// # Errors
     /// If a file can't be read or written, or something does not fit; nothing is written then.
     pub fn run(&self) -> Result<String> {
-        match self {
+        let said = match self {
             Self::Inspect(inspect) => inspect.run(),
             Self::Convert(convert) => convert.run(),
             Self::Merge(merge) => merge.run(),
             Self::Diff(diff) => diff.run(),
             Self::Combine(combine) => combine.run(),
-        }
+        };
+        Ok(printable(&said?))
     }
 }
 

@@ -63,11 +63,29 @@ pub fn open_model(path: Option<&Path>) -> Result<Pretrained> {
     Pretrained::open(&path)
 }
 
+/// `text` without control characters, but for the ends of lines: names in files would command the
+/// terminal by them. They are shown as JSON escapes them.
+///
+/// ```
+/// assert_eq!(lora_examples::cli::printable("a\x1b[2J\nb"), "a\\u001b[2J\nb");
+/// ```
+pub fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() && c != '\n' {
+            shown += &format!("\\u{:04x}", u32::from(c));
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
+}
+
 /// Prints an error and turns it into an exit code: 2 for wrong usage, 3 if the default model
 /// cannot be fetched, 1 for the rest.
 pub fn exit(result: Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
-        eprintln!("error: {error}");
+        eprintln!("error: {}", printable(&error.to_string()));
         ExitCode::from(match error {
             Error::Usage(_) => 2,
             Error::Fetch { .. } => 3,

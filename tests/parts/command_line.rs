@@ -38,6 +38,31 @@ fn difference(one: &Path, other: &Path) -> f64 {
 }
 
 #[test]
+fn names_in_files_do_not_command_the_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["adapter_model.safetensors", "adapter_config.json"] {
+        fs::copy(
+            golden("llama/untied/qv").join(file),
+            folder.path().join(file),
+        )
+        .unwrap();
+    }
+    let config = folder.path().join("adapter_config.json");
+    let mut json: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(&config).unwrap()).unwrap();
+    json["base_model_name_or_path"] = "org/\u{1b}[2J\u{9b}1m\r".into();
+    fs::write(&config, json.to_string()).unwrap();
+    for options in [&["inspect"][..], &["inspect", "--json"]] {
+        let said = lora(&[options, &[text(folder.path())]].concat()).unwrap();
+        assert!(
+            said.chars().all(|c| c == '\n' || !c.is_control()),
+            "{said:?}"
+        );
+        assert!(said.contains("org/\\u001b[2J\\u009b1m\\"), "{said}");
+    }
+}
+
+#[test]
 fn inspect_prints_a_table_of_every_kind_of_file() {
     let qv = golden("llama/untied/qv");
     let table = lora(&["inspect", text(&qv)]).unwrap();
