@@ -138,13 +138,12 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
         all.push((Kernel::Bits, base.to_vec()));
         for (tiles, ranks) in [
             (1, 16),
-            (1, 128),
+            (1, 32),
+            (1, 64),
             (2, 16),
+            (2, 32),
             (2, 64),
-            (4, 16),
-            (4, 64),
             (8, 16),
-            (8, 32),
         ] {
             for adapter_f32 in [0, 1] {
                 let options = [("NT", tiles), ("RT", ranks), ("ADAPTER_F32", adapter_f32)];

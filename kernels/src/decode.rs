@@ -17,14 +17,18 @@ const DEPTH: usize = 64;
 const MOST_STAGES: usize = 10;
 /// Shared memory that blocks of a multiprocessor may have.
 const SHARED_BYTES: usize = 226 << 10;
-/// Tokens (padded) times ranks (padded) whose sums fit in registers.
-const LARGEST_S: usize = 1024;
 const MOST_TOKENS: usize = 64;
+/// Beyond these ranks, and this many tokens (padded) times ranks (padded), the general path is as fast.
 const MOST_RANKS: usize = 64;
+const LARGEST_S: usize = 1024;
 
 /// Tokens as the kernel sees them: tiles of 8.
 fn token_tiles(tokens: usize) -> usize {
-    tokens.div_ceil(8).next_power_of_two()
+    match tokens {
+        ..=8 => 1,
+        9..=16 => 2,
+        _ => MOST_TOKENS / 8,
+    }
 }
 
 /// Blocks of a cluster.
@@ -147,5 +151,30 @@ impl Launcher<'_> {
         // SAFETY: arguments in the order of decode.cu; the maps clip loads to `xs` and the weight, which
         // were checked; `ys` and `s` have a row for every token, `s` of padded ranks.
         unsafe { self.launch("launch of decode", &function, grid, &args) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    #[test]
+    fn tiles_hold_the_tokens_and_rings_fit() {
+        for tokens in 1..=MOST_TOKENS {
+            let tiles = token_tiles(tokens);
+            assert!(tokens <= 8 * tiles, "{tokens} tokens in {tiles} tiles");
+            for ranks in [16, 32, 64].map(padded_rank) {
+                if 8 * tiles * ranks > LARGEST_S {
+                    continue;
+                }
+                for (stages, bytes) in [ring::<f32>(tiles, ranks), ring::<bf16>(tiles, ranks)] {
+                    assert!((2..=MOST_STAGES).contains(&stages), "{stages} stages");
+                    let room = SHARED_BYTES * 2 / cluster(tiles);
+                    assert!(bytes <= room, "{bytes} bytes of {room}");
+                }
+            }
+        }
     }
 }

@@ -81,7 +81,7 @@ fn large_layers_match_f64() {
 #[test]
 fn few_tokens_match_f64() {
     with_device(|kernels, stream| {
-        for tokens in [1, 5, 8, 16, 33, 64] {
+        for tokens in [1, 5, 8, 9, 16, 17, 33, 64] {
             for (in_features, out_features) in [(1032, 520), (4096, 100), (64, 4096)] {
                 for rank in [3, 16, 24, 64, 100] {
                     let case = Case {

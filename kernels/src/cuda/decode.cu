@@ -47,8 +47,6 @@ __device__ __forceinline__ void store_to(float* there, int block, float v) {
       "st.shared::cluster.f32 [remote], %2;\n}" ::"r"(shared_address(there)), "r"(block), "f"(v)
       : "memory");
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) decode(
     const __grid_constant__ TensorMap x_map,  // [tokens, cols], box 64 x TOKENS
@@ -156,8 +154,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         int token = n * 8 + 2 * t + (c & 1), row = warp * 16 + g + 8 * (c >> 1);
         store_to(y_parts + (share * TOKENS + token) * ROW_STRIDE + row % OWN_ROWS, row / OWN_ROWS, acc[n][c]);
       }
-  cluster_arrive();
-  cluster_wait();
+  cluster_sync();
   // All that follows is in this block; sums of the blocks in order.
   for (int at = threadIdx.x; at < S_SIZE; at += THREADS) {
     float sum = 0.f;

@@ -340,7 +340,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     }
 #endif
 #if DROPOUT == 2
-    Keep keep;
+    Keep keep;  // loaded during the tile before, but for the first
 #endif
     for (; index < tiles; index += busy) {
       begin(index);

@@ -47,9 +47,9 @@ __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, 
                "r"(bar)
                : "memory");
 }
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(); }
 
 // ---- fragments from shared memory --------------------------------------------------------------
 __device__ __forceinline__ void ldmatrix(u32 (&r)[4], u32 address) {
