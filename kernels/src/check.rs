@@ -6,6 +6,7 @@ use std::thread;
 use crate::cubin::{Compiler, Request};
 use crate::error::{Error, Result};
 use crate::kernels::{Kernel, lock};
+use crate::shrink_ring::Teams;
 use crate::sweep;
 
 /// Compiles the kernels that can run on `arch` (for example `sm_90a`) with NVRTC and returns how many.
@@ -151,6 +152,15 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
             }
         }
         for ranks in [16, 32, 64] {
+            for (dropout, teams) in [0, 1].into_iter().flat_map(|d| Teams::ALL.map(|t| (d, t))) {
+                let options = [
+                    ("DROPOUT", dropout),
+                    ("RT", ranks),
+                    ("MT", teams.row_tiles as u32),
+                    ("TEAM", teams.team as u32),
+                ];
+                all.push((Kernel::ShrinkRing, [&base[..], &options[..]].concat()));
+            }
             for (down, dropout, bits) in [
                 (0, 0, 0),
                 (0, 1, 0),

@@ -87,7 +87,7 @@ impl Kernels {
                 stride: cols,
             };
             let scales = Scales::all(linear.scaling);
-            launcher.shrink(xs, &packed.a_rows(), &scales, pre, &mut columns)?;
+            launcher.shrink(xs, &packed.a_rows(), &scales, pre, (&mut columns, true))?;
             let low = Rows::packed(s.as_view(), xs.rows, cols);
             launcher.output(xs, &low, linear, &packed, path, &mut ys)?;
         }

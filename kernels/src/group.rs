@@ -92,7 +92,7 @@ impl Kernels {
             cols: layout.width(),
             stride: layout.width(),
         };
-        launcher.shrink(xs, &packed.all(), &scales, None, &mut columns)?;
+        launcher.shrink(xs, &packed.all(), &scales, None, (&mut columns, true))?;
         Ok(s)
     }
 

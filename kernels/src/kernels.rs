@@ -39,6 +39,7 @@ pub(crate) struct Instance {
 pub(crate) enum Kernel {
     Pack,
     Shrink,
+    ShrinkRing,
     Expand,
     Outer,
     Reduce,
@@ -53,6 +54,7 @@ impl Kernel {
         match self {
             Self::Pack => "pack",
             Self::Shrink => "shrink",
+            Self::ShrinkRing => "shrink_ring",
             Self::Expand => "expand",
             Self::Outer => "outer",
             Self::Reduce => "reduce",
@@ -91,6 +93,7 @@ impl Kernel {
             Self::Expand => with_tile!("expand.cu"),
             Self::Outer => with_tile!("outer.cu"),
             Self::Reduce => with_tile!("reduce.cu"),
+            Self::ShrinkRing => with_hopper!("shrink_ring.cu"),
             Self::Sweep => with_hopper!("sweep.cu"),
             Self::Bits => with_hopper!("bits.cu"),
             Self::Gemm => joined!(

@@ -116,6 +116,7 @@ mod pack;
 mod path;
 mod reduce;
 mod rows;
+mod shrink_ring;
 mod side;
 mod skinny;
 mod sweep;

@@ -44,17 +44,21 @@ pub(crate) struct RowsMut<'a, T> {
 
 impl Launcher<'_> {
     /// `s[rows, ranks] = scales · D(x) aᵀ`, with `a` packed as ranks by padded width; `s.cols` is a
-    /// padded rank.
+    /// padded rank. `early` says that `xs` was there before the kernel before this one, which packed `a`: it
+    /// need not await that one to be loaded.
     pub fn shrink<T: Element>(
         &self,
         xs: &Rows<T>,
         a: &CudaView<T>,
         scales: &Scales,
         mask: Option<Mask>,
-        s: &mut RowsMut<T>,
+        (s, early): (&mut RowsMut<T>, bool),
     ) -> Result<()> {
         if xs.rows == 0 {
             return Ok(());
+        }
+        if self.rings(xs) {
+            return self.shrink_ring(xs, a, scales, mask, (s, early));
         }
         let padded = s.cols;
 
@@ -134,7 +138,7 @@ impl Launcher<'_> {
             let partial = self.sweep(z, q, Some(down), Masking::drawn(mask))?;
             return Ok(Some(partial));
         }
-        self.shrink(z, down.p, down.scales, mask, down.s)?;
+        self.shrink(z, down.p, down.scales, mask, (down.s, false))?;
         Ok(None)
     }
 
@@ -270,6 +274,6 @@ pub(crate) struct Partial {
 }
 
 /// Ranks that one block handles.
-fn rank_tile(padded: usize) -> usize {
+pub(crate) fn rank_tile(padded: usize) -> usize {
     padded.min(64)
 }

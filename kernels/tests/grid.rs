@@ -98,6 +98,29 @@ fn few_tokens_match_f64() {
 }
 
 #[test]
+fn many_tokens_match_f64() {
+    with_device(|kernels, stream| {
+        // Blocks take more rows where there are more.
+        for tokens in [3_900, 7_700] {
+            for rank in [3, 24, 64, 100] {
+                for dropout in [
+                    None,
+                    Some(Dropout::new(Place::Pre, 0.3, 42, 17, 1 << 33 | 5).unwrap()),
+                ] {
+                    let case = Case {
+                        dropout,
+                        gap: 8,
+                        ..Case::new(tokens, 200, 72, rank)
+                    };
+                    check::<bf16, f32>(kernels, stream, &case);
+                    check::<f16, f16>(kernels, stream, &case);
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn odd_widths_offsets_and_gaps_match_f64() {
     with_device(|kernels, stream| {
         for (in_features, out_features) in [(63, 65), (1, 17), (100, 36), (129, 1)] {

@@ -64,6 +64,11 @@ __device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], u32 address) {
 }
 // Address of 16-byte chunk `chunk` of a 128-byte row under the swizzle.
 __device__ __forceinline__ u32 swizzled(u32 base, int row, int chunk) { return base + row * 128 + ((chunk ^ (row & 7)) << 4); }
+__device__ __forceinline__ Vec load_chunk(u32 box, int row, int chunk) {
+  Vec v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "r"(swizzled(box, row, chunk)));
+  return v;
+}
 
 // ---- qᵀ z of a warp ----------------------------------------------------------------------------
 // A warp takes 64 columns of z and adds up 16 ranks by 64 columns a tile: acc[tile][8 columns].

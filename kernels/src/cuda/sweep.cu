@@ -29,12 +29,6 @@ struct Bits {
   Dropout dropout;
 };
 
-__device__ __forceinline__ Vec load_chunk(u32 box, int row, int chunk) {
-  Vec v;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "r"(swizzled(box, row, chunk)));
-  return v;
-}
-
 __device__ __forceinline__ void warps_sync() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }
 
 // Where a warp is: rows of a block, chunk by chunk, block by block.
