@@ -17,7 +17,7 @@ use crate::making::{Low, MOST_MADE, Made};
 use crate::masking::Masking;
 use crate::pack::Source;
 use crate::path::Path;
-use crate::reduce::Sum;
+use crate::reduce::{Gradient, Sum};
 use crate::rows::{Rows, padded_rank};
 use crate::side::{Parts, SideWork};
 use crate::skinny::{RowsMut, Scales};
@@ -131,7 +131,7 @@ impl Kernels {
         };
         let hopper = input == InputGradient::Wanted
             && linear.path(&launcher, Product::Backward, dys) == Path::Hopper;
-        packed.flags.backward(&launcher, |mut flags| {
+        packed.flags.backward(&launcher, |flags| {
             let beside = hopper && cols <= MOST_MADE && flags.is_some();
             let mut ds = launcher.alloc("the rank-sized gradient", rows * cols)?;
             let made =
@@ -158,10 +158,17 @@ impl Kernels {
                 launcher.shrink_and_outer(dys, down, &s, post)?
             };
             let masking = bits.as_ref().map_or(Masking::drawn(pre), Masking::Read);
-            let side = beside.then(|| SideWork {
-                b: Some(&s).filter(|_| b_part.is_none() && post.is_none()),
-                a: Some(xs).filter(|xs| launcher.aligned(xs)),
+            let a_grad = Gradient::of_a(&launcher, a_grad, rank, accumulate);
+            let b_grad = Gradient::of_b(&launcher, b_grad, rank, accumulate);
+            let a_beside = beside && launcher.aligned(xs);
+            let b_beside = beside && b_part.is_none() && post.is_none();
+            let swept = b_part.as_ref().map(|part| Sum::new(part, &b_grad));
+            let side = (a_beside || b_beside).then(|| SideWork {
+                a: a_beside.then_some((xs, &a_grad)),
+                b: b_beside.then_some((&s, &b_grad)),
+                before: swept,
             });
+            let b_done = b_beside || side.as_ref().is_some_and(|side| side.before.is_some());
             let (dxs, parts) = match input {
                 InputGradient::Wanted => {
                     let given;
@@ -176,7 +183,7 @@ impl Kernels {
                         given = Rows::packed(ds.as_view(), rows, cols);
                         Low::Given(&given)
                     };
-                    let beside = (side, flags.as_deref_mut());
+                    let beside = (side, flags);
                     let (dxs, parts) =
                         launcher.input_gradient(dys, low, linear, packed, masking, beside)?;
                     (Some(dxs), parts)
@@ -185,35 +192,25 @@ impl Kernels {
             };
             let ds = Rows::packed(ds.as_view(), rows, cols);
             let a_part = match parts.a {
-                Some(part) => part,
-                None => launcher.outer(xs, &ds, masking)?,
+                None if !a_beside => Some(launcher.outer(xs, &ds, masking)?),
+                left => left,
             };
-            let b_part = match b_part.or(parts.b) {
-                Some(part) => part,
-                None => launcher.outer(dys, &s, Masking::drawn(post))?,
+            let b_part = match b_part.filter(|_| !b_done).or(parts.b) {
+                None if !b_done => Some(launcher.outer(dys, &s, Masking::drawn(post))?),
+                left => left,
             };
-            let a_sum = Sum {
-                partial: &a_part,
-                first_rank: 0,
-                rank,
-                transpose: false,
-                grad: &mut a_grad.slice_mut(..),
-            };
-            let b_sum = Sum {
-                partial: &b_part,
-                first_rank: 0,
-                rank,
-                transpose: true,
-                grad: &mut b_grad.slice_mut(..),
-            };
-            launcher.reduce::<T, P>(&mut [a_sum, b_sum], accumulate, flags)?;
+            let a_sum = a_part.as_ref().map(|part| Sum::new(part, &a_grad));
+            let b_sum = b_part.as_ref().map(|part| Sum::new(part, &b_grad));
+            let sums: Vec<Sum> = a_sum.into_iter().chain(b_sum).collect();
+            launcher.reduce::<T>(&sums)?;
             Ok(dxs)
         })
     }
 }
 
 impl Launcher<'_> {
-    /// `dx = dY W + D(dS A)`, and what was made beside it.
+    /// `dx = dY W + D(dS A)`, and by the Hopper path what is to be made beside it, of which the partial
+    /// sums that are left to be added up are returned.
     pub fn input_gradient<T: Element, P: Element>(
         &self,
         dys: &Rows<T>,

@@ -91,17 +91,8 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
         let base = |aligned: u32| vec![("DTYPE", dtype), ("ALIGNED", aligned)];
         for flag in [0, 1] {
             all.push((Kernel::Pack, [base(1), vec![("SOURCE_F32", flag)]].concat()));
-            for accumulate in [0, 1] {
-                all.push((
-                    Kernel::Reduce,
-                    [
-                        base(1),
-                        vec![("GRAD_F32", flag), ("ACCUMULATE", accumulate)],
-                    ]
-                    .concat(),
-                ));
-            }
         }
+        all.push((Kernel::Reduce, base(1)));
         for (aligned, dropout) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
             let masked = [base(aligned), vec![("DROPOUT", dropout)]].concat();
             for row_tiles in [1, 4] {
@@ -124,10 +115,7 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
     }
     let f16 = [("DTYPE", 2), ("ALIGNED", 1), ("DROPOUT", 1)];
     all.push((Kernel::Pack, [&f16[..2], &[("SOURCE_F32", 1)]].concat()));
-    all.push((
-        Kernel::Reduce,
-        [&f16[..2], &[("GRAD_F32", 1), ("ACCUMULATE", 0)]].concat(),
-    ));
+    all.push((Kernel::Reduce, f16[..2].to_vec()));
     all.push((Kernel::Expand, [&f16[..], &[("MT", 4)]].concat()));
     all.push((Kernel::Outer, [&f16[..], &[("RT", 16)]].concat()));
     all.push((

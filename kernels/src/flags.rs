@@ -47,8 +47,8 @@ impl Flags {
         self.zeroed_by(|words| forward(words.map(|words| words.slice_mut(..end)).as_mut()))
     }
 
-    /// Runs `backward` with its words, which it has to leave zero. Another backward of the same forward
-    /// at the same time, and one after a failed one, get words of their own.
+    /// Runs `backward` with its words. Those that were zeroed are for the first backward of a forward; any
+    /// other has words of its own.
     pub fn backward<R>(
         &self,
         launcher: &Launcher,
@@ -58,16 +58,14 @@ impl Flags {
             return backward(None);
         };
         let start = words(self.rows);
-        let words = lock(kept).take();
-        let mut words = match words {
+        let first = lock(kept).take();
+        let mut words = match first {
             Some(words) => words,
             None => launcher
                 .stream
                 .alloc_zeros(2 * start)
                 .map_err(Error::driver("allocation"))?,
         };
-        let result = backward(Some(&mut words.slice_mut(start..)))?;
-        *lock(kept) = Some(words);
-        Ok(result)
+        backward(Some(&mut words.slice_mut(start..)))
     }
 }

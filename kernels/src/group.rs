@@ -28,9 +28,9 @@ use crate::making::{Low, MOST_MADE};
 use crate::masking::Masking;
 use crate::pack::Source;
 use crate::path::Path;
-use crate::reduce::Sum;
+use crate::reduce::{Gradient, Sum};
 use crate::rows::Rows;
-use crate::side::{Parts, SideWork};
+use crate::side::SideWork;
 use crate::skinny::{RowsMut, Scales};
 use crate::sweep::Down;
 
@@ -169,43 +169,40 @@ impl Kernels {
         let part = launcher.shrink_and_outer(dys, down, &s, post)?;
         let ds = ds.as_view();
         let ds = columns.of(&ds, rows)?;
-        let side = (part.is_none() && post.is_none() && s.cols <= MOST_MADE).then_some(SideWork {
-            b: Some(&s),
-            a: None,
-        });
-        packed
-            .flags
-            .backward(&launcher, |mut flags| {
-                let (dxs, parts) = match input {
-                    InputGradient::Wanted => {
-                        let side = side.filter(|_| flags.is_some());
-                        let (dxs, parts) = launcher.input_gradient(
-                            dys,
-                            Low::Given(&ds),
-                            linear,
-                            packed,
-                            Masking::Off,
-                            (side, flags.as_deref_mut()),
-                        )?;
-                        (Some(dxs), parts)
-                    }
-                    InputGradient::Skipped => (None, Parts::default()),
-                };
-                let part = match part.or(parts.b) {
-                    Some(part) => part,
-                    None => launcher.outer(dys, &s, Masking::drawn(post))?,
-                };
-                let sum = Sum {
-                    partial: &part,
-                    first_rank: 0,
-                    rank: linear.rank,
-                    transpose: true,
-                    grad: &mut b.as_view_mut(),
-                };
-                launcher.reduce::<T, P>(&mut [sum], false, flags)?;
-                Ok(dxs)
-            })
-            .map(|dxs| (dxs, b))
+        let hopper = input == InputGradient::Wanted
+            && linear.path(&launcher, Product::Backward, dys) == Path::Hopper;
+        let dxs = packed.flags.backward(&launcher, |flags| {
+            let beside = hopper
+                && flags.is_some()
+                && (part.is_some() || post.is_none() && s.cols <= MOST_MADE);
+            let mut b_view = b.as_view_mut();
+            let grad = Gradient::of_b(&launcher, &mut b_view, linear.rank, false);
+            let swept = part.as_ref().map(|part| Sum::new(part, &grad));
+            let side = beside.then_some(SideWork {
+                a: None,
+                b: part.is_none().then_some((&s, &grad)),
+                before: swept,
+            });
+            let (dxs, left) = match input {
+                InputGradient::Wanted => {
+                    let (low, beside) = (Low::Given(&ds), (side, flags));
+                    let masking = Masking::Off;
+                    let (dxs, parts) =
+                        launcher.input_gradient(dys, low, linear, packed, masking, beside)?;
+                    (Some(dxs), parts.b)
+                }
+                InputGradient::Skipped => (None, None),
+            };
+            let left = match part.filter(|_| !beside).or(left) {
+                None if !beside => Some(launcher.outer(dys, &s, Masking::drawn(post))?),
+                left => left,
+            };
+            if let Some(part) = &left {
+                launcher.reduce::<T>(&[Sum::new(part, &grad)])?;
+            }
+            Ok(dxs)
+        })?;
+        Ok((dxs, b))
     }
 
     /// The gradients of every member's A, `[rank, in_features]` each, in one pass over `xs`; `ds` is
@@ -234,18 +231,23 @@ impl Kernels {
         let ds = Rows::packed(ds.slice(..), xs.rows, layout.width());
         let partial = launcher.outer(xs, &ds, Masking::Off)?;
         let mut views: Vec<_> = grads.iter_mut().map(|grad| grad.as_view_mut()).collect();
-        let mut sums: Vec<_> = views
+        let gradients: Vec<_> = views
             .iter_mut()
             .zip(layout.columns())
-            .map(|(grad, columns)| Sum {
+            .map(|(view, columns)| Gradient::of_a(&launcher, view, columns.rank(), false))
+            .collect();
+        let sums: Vec<_> = gradients
+            .iter()
+            .zip(layout.columns())
+            .map(|(gradient, columns)| Sum {
                 partial: &partial,
                 first_rank: columns.offset(),
-                rank: columns.rank(),
-                transpose: false,
-                grad,
+                gradient,
             })
             .collect();
-        launcher.reduce::<T, P>(&mut sums, false, None)?;
+        launcher.reduce::<T>(&sums)?;
+        drop(gradients);
+        drop(views);
         Ok(grads)
     }
 }

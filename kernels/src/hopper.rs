@@ -11,6 +11,7 @@ use crate::launch::{Grid, Launcher, arg};
 use crate::making::{DownArg, Low, PACKING_STEPS, shares};
 use crate::masking::Masking;
 use crate::path::{Path, Preference, Reason};
+use crate::reduce::SumArg;
 use crate::rows::{Rows, padded_width};
 use crate::side::{self, Parts, SideArg, SideWork};
 use crate::skinny::Partial;
@@ -38,7 +39,7 @@ pub(crate) struct Fused<'a, T> {
     /// B as `[w_rows, rank]` forward, A as `[rank, w_cols]` backward; both padded.
     pub p: &'a CudaView<'a, T>,
     pub masking: Masking<'a>,
-    /// Backward: partial sums to make beside the product.
+    /// Backward: gradients to make beside the product.
     pub side: Option<SideWork<'a, T>>,
 }
 
@@ -90,7 +91,8 @@ impl Launcher<'_> {
     }
 
     /// One pass over the output. [`Self::path`] must have chosen [`Path::Hopper`]. The `flags` are zero,
-    /// and there where the launch makes `q` or has side work.
+    /// and there where the launch makes `q` or has side work. Returns partial
+    /// sums of the side work that are left to be added up.
     pub fn fused<T: Element>(
         &self,
         call: Fused<T>,
@@ -125,7 +127,8 @@ impl Launcher<'_> {
         };
         let side_a = side.as_ref().and_then(|side| side.a);
         let side_b = side.as_ref().and_then(|side| side.b);
-        let has_side = side_a.is_some() || side_b.is_some();
+        let before = side.as_ref().and_then(|side| side.before.as_ref());
+        let has_side = side.is_some();
         let instance = Instance {
             kernel: Kernel::Gemm,
             defines: vec![
@@ -171,7 +174,7 @@ impl Launcher<'_> {
         } else {
             map(p_at, rank, cols, padded_width(cols), DEPTH)?
         };
-        let (out_at, out_guard) = out.device_ptr_mut(self.stream);
+        let (out_at, _out) = out.device_ptr_mut(self.stream);
         let out_map = map(out_at, rows, cols, cols, 16)?;
 
         let mut down = DownArg::default();
@@ -213,34 +216,50 @@ impl Launcher<'_> {
         down.partial = partial.as_ref().map_or(0, |partial| partial.0);
         let q_map = map(q_at, rows, rank, q_stride, 128)?;
 
-        let (b_cols, a_cols) = (side_b.map_or(0, |_| depth), side_a.map_or(0, |xs| xs.cols));
+        let (b_cols, a_cols) = (
+            side_b.map_or(0, |_| depth),
+            side_a.map_or(0, |(xs, _)| xs.cols),
+        );
         let spare = CLUSTER * (grid_clusters - busy);
+        let blocks = CLUSTER * grid_clusters;
         let fits = b_cols + a_cols <= side::beside(spare, w_rows, w_cols);
         let chunks = b_cols.div_ceil(side::CHUNK) + a_cols.div_ceil(side::CHUNK);
-        // One for each block that has the time, or enough for all blocks to be done at once.
-        let (units, split) = if fits {
-            (spare, 1)
+        let segment_rows = if fits {
+            side::rows_beside(rows, spare, chunks)
         } else {
-            (4 * CLUSTER * clusters, chunks)
+            side::rows_together(rows, blocks, chunks, rank)
         };
-        let segment_rows = side::segment_rows(rows, rank, units, split);
         let segments = rows.div_ceil(segment_rows);
-        let mut b_part = self.alloc::<f32>("partial gradients", segments * rank * b_cols)?;
-        let mut a_part = self.alloc::<f32>("partial gradients", segments * rank * a_cols)?;
-        let (b_at, b_guard) = b_part.device_ptr_mut(self.stream);
-        let (a_at, a_guard) = a_part.device_ptr_mut(self.stream);
-        let s_ptr = side_b.map(|s| s.data.device_ptr(self.stream));
-        let xs_ptr = side_a.map(|xs| xs.data.device_ptr(self.stream));
+        let part_of = |cols: usize| {
+            let len = if segments == 1 {
+                0
+            } else {
+                segments * rank * cols
+            };
+            self.alloc::<f32>("partial gradients", len)
+        };
+        let (mut b_part, mut a_part) = (part_of(b_cols)?, part_of(a_cols)?);
+        let (b_at, b_written) = b_part.device_ptr_mut(self.stream);
+        let (a_at, a_written) = a_part.device_ptr_mut(self.stream);
+        let b_sum = side_b.map(|(_, gradient)| gradient.sum(b_at, segments, (rank, b_cols)));
+        let a_sum = side_a.map(|(_, gradient)| gradient.sum(a_at, segments, (rank, a_cols)));
+        let s_ptr = side_b.map(|(s, _)| s.data.device_ptr(self.stream));
+        let xs_ptr = side_a.map(|(xs, _)| xs.data.device_ptr(self.stream));
+        let before_ptr = before.map(|sum| sum.partial.part.device_ptr(self.stream));
+        let before = match (before, &before_ptr) {
+            (Some(sum), Some((at, _))) => sum.arg(*at),
+            _ => SumArg::default(),
+        };
         let side0_map = map(input_at, rows, depth, input.stride, side::BOX_ROWS)?;
         let side1_map = match (side_a, &xs_ptr) {
-            (Some(xs), Some((at, _))) => map(*at, rows, xs.cols, xs.stride, side::BOX_ROWS)?,
+            (Some((xs, _)), Some((at, _))) => map(*at, rows, xs.cols, xs.stride, side::BOX_ROWS)?,
             _ => side0_map,
         };
         let side_job = SideArg {
             q: [s_ptr.as_ref().map_or(0, |p| p.0), q_at],
-            part: [b_at, a_at],
-            strides: [side_b.map_or(0, |s| s.stride as i32), q_stride as i32],
-            cols: [b_cols as i32, a_cols as i32],
+            sums: [b_sum, a_sum].map(Option::unwrap_or_default),
+            before,
+            strides: [side_b.map_or(0, |(s, _)| s.stride as i32), q_stride as i32],
             segment_rows: segment_rows as i32,
             all: i32::from(!fits),
         };
@@ -285,15 +304,16 @@ impl Launcher<'_> {
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,
         // whose sizes the caller checked, and the guards above order the stream after their writers.
         unsafe { self.launch("launch of gemm", &function, grid, &args) }?;
-        drop((out_guard, a_guard, b_guard));
-        let partial = |part, cols| Partial {
+        drop((a_written, b_written));
+        let left = |part, cols| Partial {
             part,
             splits: segments,
             ranks: rank as usize,
             cols,
         };
-        let a = (a_cols > 0).then(|| partial(a_part, a_cols));
-        let b = (b_cols > 0).then(|| partial(b_part, b_cols));
+        let several = |cols: usize| segments > 1 && cols > 0;
+        let a = several(a_cols).then(|| left(a_part, a_cols));
+        let b = several(b_cols).then(|| left(b_part, b_cols));
         Ok(Parts { a, b })
     }
 }

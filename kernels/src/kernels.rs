@@ -92,7 +92,7 @@ impl Kernel {
             Self::Shrink => with_tile!("shrink.cu"),
             Self::Expand => with_tile!("expand.cu"),
             Self::Outer => with_tile!("outer.cu"),
-            Self::Reduce => with_tile!("reduce.cu"),
+            Self::Reduce => joined!("reduce.cu", "tile.cuh", "sum.cuh"),
             Self::ShrinkRing => with_hopper!("shrink_ring.cu"),
             Self::Sweep => with_hopper!("sweep.cu"),
             Self::Bits => with_hopper!("bits.cu"),
@@ -105,6 +105,7 @@ impl Kernel {
                 "flags.cuh",
                 "down.cuh",
                 "rank.cuh",
+                "sum.cuh",
                 "side.cuh"
             ),
             Self::Decode => joined!("decode.cu", "tile.cuh", "hopper.cuh", "wgmma.cuh"),

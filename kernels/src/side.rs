@@ -3,28 +3,32 @@
 use cudarc::driver::DeviceRepr;
 
 use crate::hopper::SHARED_BYTES;
+use crate::reduce::{Gradient, Sum, SumArg};
 use crate::rows::Rows;
 use crate::skinny::Partial;
 
 // As in side.cuh.
 pub(crate) const BOX_ROWS: usize = 32;
 pub(crate) const CHUNK: usize = 512;
-/// Rings of boxes and the bits of their masks.
-const RING_BYTES: usize = 8 * 4 * (BOX_ROWS * 64 * 2 + 512);
+/// Rings of boxes and the bits of their masks, and rows of q.
+const BYTES: usize = 8 * 4 * (BOX_ROWS * 64 * 2 + 512) + 2048 * 16 * 2;
+const _: () = assert!(BYTES <= SHARED_BYTES);
 
 /// Multiplications of the tensor cores of the whole card while one block of side work reads a byte:
 /// about 770 TFLOP/s against 48 GB/s, measured beside full tiles on an H200.
 const FLOPS_PER_SIDE_BYTE: usize = 16_000;
 
-/// Partial sums of the adapter's gradients, of at most [`MOST_MADE`](crate::making::MOST_MADE) ranks.
+/// Gradients of the adapter, of at most [`MOST_MADE`](crate::making::MOST_MADE) ranks.
 pub(crate) struct SideWork<'a, T> {
-    /// `S` of the forward `[rows, padded_rank]`, for the gradient of B.
-    pub b: Option<&'a Rows<'a, T>>,
-    /// The input of the layer, for the gradient of A, whose other factor is `q`; masked like the output.
-    pub a: Option<&'a Rows<'a, T>>,
+    /// Of B, from `S` of the forward `[rows, padded_rank]` and the input of the product.
+    pub b: Option<(&'a Rows<'a, T>, &'a Gradient<'a>)>,
+    /// Of A, from the input of the layer, masked like the output, and `q`.
+    pub a: Option<(&'a Rows<'a, T>, &'a Gradient<'a>)>,
+    /// From the partial sums of the kernel before this one, where `q` is given.
+    pub before: Option<Sum<'a>>,
 }
 
-/// Partial sums of the adapter's gradients that were made beside a product.
+/// What is left of [`SideWork`]: partial sums, of gradients that are not made by one block alone.
 #[derive(Default)]
 pub(crate) struct Parts {
     pub a: Option<Partial>,
@@ -36,15 +40,22 @@ pub(crate) fn beside(spare: usize, w_rows: usize, w_cols: usize) -> usize {
     spare * w_rows * w_cols / FLOPS_PER_SIDE_BYTE
 }
 
-/// Rows of a unit of side work, for about `units` of them in `chunks` of columns: more rows make fewer
-/// partial sums to add, fewer spread better.
-pub(crate) fn segment_rows(rows: usize, rank: usize, units: usize, chunks: usize) -> usize {
-    let most = (SHARED_BYTES - RING_BYTES) / (2 * rank) / 128 * 128;
+/// Rows of a unit that `spare` blocks make beside the tiles: all, where the `chunks` of columns leave no
+/// block idle for long.
+pub(crate) fn rows_beside(rows: usize, spare: usize, chunks: usize) -> usize {
+    let spare = spare.max(1);
+    let even = 10 * chunks.next_multiple_of(spare) <= 11 * chunks;
+    let segments = if even { 1 } else { spare };
+    rows.div_ceil(segments).next_multiple_of(128)
+}
+
+/// Rows of a unit that all of `blocks` make: few, so that they are done at once, but not so few that their
+/// partial sums cost more.
+pub(crate) fn rows_together(rows: usize, blocks: usize, chunks: usize, rank: usize) -> usize {
     (rows * chunks)
-        .div_ceil(units.max(1))
+        .div_ceil(4 * blocks)
         .next_multiple_of(128)
         .max(if rank > 32 { 512 } else { 256 })
-        .min(most)
 }
 
 /// Clusters with tiles: as many as finish as soon as all would, so that the others have time.
@@ -57,9 +68,9 @@ pub(crate) fn busy(tiles: usize, clusters: usize) -> usize {
 #[repr(C)]
 pub(crate) struct SideArg {
     pub q: [u64; 2],
-    pub part: [u64; 2],
+    pub sums: [SumArg; 2],
+    pub before: SumArg,
     pub strides: [i32; 2],
-    pub cols: [i32; 2],
     pub segment_rows: i32,
     pub all: i32,
 }
@@ -72,18 +83,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn units_of_side_work_fit() {
-        for rank in [16, 32, 64] {
-            for rows in [1, 128, 2048, 8192, 100_000] {
-                for (units, chunks) in [(0, 0), (4, 1), (528, 36), (528, 2)] {
-                    let found = segment_rows(rows, rank, units, chunks);
-                    assert!(
-                        found >= 256 && found.is_multiple_of(128),
-                        "{found} of {rows}"
-                    );
-                    assert!(RING_BYTES + 2 * rank * found <= SHARED_BYTES);
-                }
-            }
-        }
+    fn few_blocks_take_whole_columns_where_they_divide() {
+        let rows = |spare, chunks| rows_beside(8192, spare, chunks);
+        assert_eq!([rows(4, 8), rows(4, 36), rows(2, 7)], [8192, 8192, 4096]);
+        assert_eq!([rows(4, 10), rows(4, 1), rows(0, 3)], [2048, 2048, 8192]);
+        assert_eq!(rows_beside(1, 4, 8), 128);
+    }
+
+    #[test]
+    fn all_blocks_take_a_few_units_each() {
+        assert_eq!(rows_together(8192, 132, 4, 16), 256);
+        assert_eq!(rows_together(8192, 132, 36, 16), 640);
+        assert_eq!(rows_together(8192, 132, 16, 64), 512);
     }
 }

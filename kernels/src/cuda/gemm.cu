@@ -155,6 +155,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         }
       }
     }
+#if SIDE && !DOWN
+    // The other warps have the time.
+    if (threadIdx.x >= 32 && side.before.splits > 0) {
+      await_previous();
+      for (int unit = blockIdx.x * 3 + threadIdx.x / 32 - 1; unit < units_of<4>(side.before); unit += gridDim.x * 3) add_up<4, 1>(side.before, unit, threadIdx.x & 31);
+    }
+#endif
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
     int math = warpgroup - 1, thread = threadIdx.x % 128, lane = thread & 31, warp = thread / 32;

@@ -2,13 +2,14 @@
 // cannot make all of it, by the others when they are done with theirs.
 // Options: SIDE 1 = there are some; DROPOUT 2 = the second z is masked; RANK_STEPS; DOWN.
 
-// part[segment][rank, cols] = qᵀ · z over the rows of a segment, for up to two z [rows, cols]. With
-// DROPOUT the second z is masked like the output, and q holds the scale; with DOWN its q is made by this launch.
+// grad[rank, cols] (+)= qᵀ · z, for up to two z [rows, cols], in units of a segment of rows. With DROPOUT the second
+// z is masked like the output, and q holds the scale; with DOWN its q is made by this launch. Where there are several
+// segments, these are left to be added up by a later launch.
 struct Side {
-  const T *q0, *q1;      // [rows, rank], row strides ldq0 and ldq1
-  float *part0, *part1;  // [segments, rank, cols]
+  const T *q0, *q1;  // [rows, rank], row strides ldq0 and ldq1
+  Sum sum0, sum1;    // of `segments` parts [rank, cols]; of no columns: no such product
+  Sum before;        // of what the kernel before this one made, if it has splits; not with DOWN
   int ldq0, ldq1;
-  int cols0, cols1;  // 0: no such product
   int segment_rows;  // a multiple of 128
   int all;           // 1: blocks that are done with their tiles help
 };
@@ -16,9 +17,24 @@ struct Side {
 #if SIDE
 constexpr int SIDE_WARPS = 8, SIDE_STAGES = 4, SIDE_CHUNK = SIDE_WARPS * BOX_COLS;
 constexpr int SIDE_RANK = 16 * RANK_STEPS, SIDE_RING_BYTES = SIDE_WARPS * SIDE_STAGES * BOX_BYTES;
+constexpr int Q_ROWS = 2048 / RANK_STEPS;  // rows of q that stand in shared memory
 constexpr int SIDE_BITS_BYTES = DROPOUT == 2 ? SIDE_WARPS * SIDE_STAGES * BITS_BYTES : 0;
 
 __device__ __forceinline__ void side_sync() { asm volatile("bar.sync 3, %0;" ::"n"(SIDE_WARPS * 32) : "memory"); }
+
+// Writes the sums of all rows, of the layout of `store_across`, by `put(rank, column, sum)`.
+template <class Put>
+__device__ __forceinline__ void put_across(const float (&acc)[RANK_STEPS][8][4], const Sum& sum, int col0, int lane, Put put) {
+#pragma unroll
+  for (int j = 0; j < RANK_STEPS; ++j)
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        int rank = j * 16 + (c >> 1) * 8 + (lane >> 2), col = col0 + e * 8 + 2 * (lane & 3) + (c & 1);
+        if (rank < sum.rank && col < sum.cols) put(rank, col, acc[j][e][c]);
+      }
+}
 
 // A unit is a segment of rows by 512 columns: 1024 bytes of 32 rows at a time, because single lines
 // would cost the memory too much. A warp has 64 columns and a ring of boxes of its own, which runs on
@@ -28,7 +44,7 @@ struct SideUnit {
   bool second;
   int row0, col0;  // of the warp
   __device__ __forceinline__ SideUnit(const Side& side, int index, int segments, int warp) : index(index) {
-    int first_units = (side.cols0 + SIDE_CHUNK - 1) / SIDE_CHUNK * segments;
+    int first_units = (side.sum0.cols + SIDE_CHUNK - 1) / SIDE_CHUNK * segments;
     second = index >= first_units;
     index -= second ? first_units : 0;
     row0 = index % segments * side.segment_rows;
@@ -43,10 +59,10 @@ __device__ __forceinline__ void side_work(
   int lane = thread & 31, warp = thread >> 5;
   u32 ring = shared_address(shared) + warp * SIDE_STAGES * BOX_BYTES;
   u32 ring_bits = shared_address(shared) + SIDE_RING_BYTES + warp * SIDE_STAGES * BITS_BYTES;
-  T* q_rows = reinterpret_cast<T*>(shared + SIDE_RING_BYTES + SIDE_BITS_BYTES);  // [segment_rows, SIDE_RANK]
+  T* q_rows = reinterpret_cast<T*>(shared + SIDE_RING_BYTES + SIDE_BITS_BYTES);  // [Q_ROWS, SIDE_RANK]
   u32 q_address = shared_address(q_rows);
   int segments = (rows + side.segment_rows - 1) / side.segment_rows, strips = side.segment_rows / BOX_ROWS;
-  int units = ((side.cols0 + SIDE_CHUNK - 1) / SIDE_CHUNK + (side.cols1 + SIDE_CHUNK - 1) / SIDE_CHUNK) * segments;
+  int units = ((side.sum0.cols + SIDE_CHUNK - 1) / SIDE_CHUNK + (side.sum1.cols + SIDE_CHUNK - 1) / SIDE_CHUNK) * segments;
 
   auto fetch = [&](const SideUnit& unit, int strip, int stage) {
     if (lane == 0) {
@@ -55,14 +71,35 @@ __device__ __forceinline__ void side_work(
       bool masked = DROPOUT == 2 && unit.second && row < rows;
       barrier_expect(bar, BOX_BYTES + (masked ? BITS_BYTES : 0));
       load_box(ring + stage * BOX_BYTES, unit.second ? map1 : map0, unit.col0, row, bar);
-      if (masked) load_box_bits(ring_bits + stage * BITS_BYTES, kept, row, unit.col0, side.cols1, bar);
+      if (masked) load_box_bits(ring_bits + stage * BITS_BYTES, kept, row, unit.col0, side.sum1.cols, bar);
     }
+  };
+  auto load_q_rows = [&](const SideUnit& unit, int first) {
+    const T* q = unit.second ? side.q1 : side.q0;
+    int ldq = unit.second ? side.ldq1 : side.ldq0, row0 = unit.row0 + first, end = min(unit.row0 + side.segment_rows, rows);
+    constexpr int ROW_VECS = SIDE_RANK / 8;
+#if DOWN
+    if (unit.second)
+      for (int row = row0; row < min(row0 + Q_ROWS, end); row += 128) await_count(flags.ready(row), READY);
+#endif
+    for (int at = thread; at < min(Q_ROWS, side.segment_rows - first) * ROW_VECS; at += SIDE_WARPS * 32) {
+      int row = row0 + at / ROW_VECS;
+      Vec v = {{0, 0, 0, 0}};
+      if (row < end) v = load_packed(q + (i64)row * ldq + at % ROW_VECS * 8);
+      reinterpret_cast<Vec*>(q_rows)[at] = v;
+    }
+    side_sync();
   };
   auto add_strips = [&](auto masked, const SideUnit& unit, const SideUnit& next, int& stage, u32& parity) {
     constexpr bool MASKED = decltype(masked)::value;
     float acc[RANK_STEPS][8][4] = {};
     u32 q_at = q_address;
     for (int strip = 0; strip < strips; ++strip, q_at += BOX_ROWS * SIDE_RANK * 2) {
+      if (q_at == q_address + Q_ROWS * SIDE_RANK * 2) {
+        side_sync();
+        load_q_rows(unit, strip * BOX_ROWS);
+        q_at = q_address;
+      }
       barrier_wait(full + 8 * stage, parity);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -77,9 +114,10 @@ __device__ __forceinline__ void side_work(
       else if (next.index < units) fetch(next, ahead - strips, stage);
       if (++stage == SIDE_STAGES) stage = 0, parity ^= 1;
     }
-    int cols = unit.second ? side.cols1 : side.cols0;
-    float* part = (unit.second ? side.part1 : side.part0) + (i64)(unit.row0 / side.segment_rows) * SIDE_RANK * cols;
-    store_across(acc, 1.f, part, unit.col0, cols, lane);
+    const Sum& sum = unit.second ? side.sum1 : side.sum0;
+    if (segments > 1) store_across(acc, 1.f, const_cast<float*>(sum.part) + unit.row0 / side.segment_rows * sum.stride, unit.col0, sum.cols, lane);
+    else if (sum.f32 && !sum.accumulate) put_across(acc, sum, unit.col0, lane, [&](int rank, int col, float v) { static_cast<float*>(sum.grad)[sum.place(rank, col)] = v; });
+    else put_across(acc, sum, unit.col0, lane, [&](int rank, int col, float v) { sum.put(rank, col, v); });
   };
 
   side_sync();
@@ -92,20 +130,7 @@ __device__ __forceinline__ void side_work(
     for (int i = 0; i < SIDE_STAGES; ++i) fetch(unit, i, i);
   for (int turn = 1; unit.index < units; turn ^= 1) {
     if (thread == 0) slots[turn] = atomicAdd(flags.unit(), 1);
-    const T* q = unit.second ? side.q1 : side.q0;
-    int ldq = unit.second ? side.ldq1 : side.ldq0;
-#if DOWN
-    if (unit.second)
-      for (int row = unit.row0; row < min(unit.row0 + side.segment_rows, rows); row += 128) await_count(flags.ready(row), READY);
-#endif
-    constexpr int ROW_VECS = SIDE_RANK / 8;
-    for (int at = thread; at < side.segment_rows * ROW_VECS; at += SIDE_WARPS * 32) {
-      int row = unit.row0 + at / ROW_VECS;
-      Vec v = {{0, 0, 0, 0}};
-      if (row < rows) v = load_packed(q + (i64)row * ldq + at % ROW_VECS * 8);
-      reinterpret_cast<Vec*>(q_rows)[at] = v;
-    }
-    side_sync();
+    load_q_rows(unit, 0);
     SideUnit next(side, slots[turn], segments, warp);
     if (DROPOUT == 2 && unit.second) add_strips(Yes{}, unit, next, stage, parity);
     else add_strips(No{}, unit, next, stage, parity);
