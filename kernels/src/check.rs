@@ -139,15 +139,14 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
                 all.push((Kernel::Decode, [&base[..], &options[..]].concat()));
             }
         }
-        for ranks in [16, 32, 64] {
-            for (dropout, teams) in [0, 1].into_iter().flat_map(|d| Teams::ALL.map(|t| (d, t))) {
-                let options = [
-                    ("DROPOUT", dropout),
-                    ("RT", ranks),
-                    ("MT", teams.row_tiles as u32),
-                    ("TEAM", teams.team as u32),
-                ];
-                all.push((Kernel::ShrinkRing, [&base[..], &options[..]].concat()));
+        for ranks in [16, 32, 64_u32] {
+            for dropout in [0, 1] {
+                for teams in Teams::ALL {
+                    let masked = [("DROPOUT", dropout)];
+                    let options =
+                        [&base[..], &masked[..], &teams.defines(ranks as usize)[..]].concat();
+                    all.push((Kernel::ShrinkRing, options));
+                }
             }
             for (down, dropout, bits) in [
                 (0, 0, 0),

@@ -13,7 +13,7 @@ use crate::masking::Masking;
 use crate::path::{Path, Preference, Reason};
 use crate::reduce::SumArg;
 use crate::rows::{Rows, padded_width};
-use crate::side::{self, Parts, SideArg, SideWork};
+use crate::side::{self, Parts, SideArg, SideWork, Units};
 use crate::skinny::Partial;
 use crate::tensor_map::TensorMap;
 
@@ -222,23 +222,21 @@ impl Launcher<'_> {
         );
         let spare = CLUSTER * (grid_clusters - busy);
         let blocks = CLUSTER * grid_clusters;
-        let fits = b_cols + a_cols <= side::beside(spare, w_rows, w_cols);
-        let chunks = b_cols.div_ceil(side::CHUNK) + a_cols.div_ceil(side::CHUNK);
-        let segment_rows = if fits {
-            side::rows_beside(rows, spare, chunks)
-        } else {
-            side::rows_together(rows, blocks, chunks, rank)
-        };
-        let segments = rows.div_ceil(segment_rows);
-        let part_of = |cols: usize| {
-            let len = if segments == 1 {
+        let beside = side::beside(spare, w_rows, w_cols);
+        let units = Units::new((rows, [b_cols, a_cols], rank), (blocks, spare), beside);
+        let segments = rows.div_ceil(units.segment_rows);
+        let a_first = units.whole_cols(b_cols.div_ceil(side::CHUNK), a_cols);
+        let b_first = units.whole_cols(0, b_cols);
+        let part_of = |cols: usize, first_col: usize| {
+            let len = if first_col == cols {
                 0
             } else {
                 segments * rank * cols
             };
             self.alloc::<f32>("partial gradients", len)
         };
-        let (mut b_part, mut a_part) = (part_of(b_cols)?, part_of(a_cols)?);
+        let mut b_part = part_of(b_cols, b_first)?;
+        let mut a_part = part_of(a_cols, a_first)?;
         let (b_at, b_written) = b_part.device_ptr_mut(self.stream);
         let (a_at, a_written) = a_part.device_ptr_mut(self.stream);
         let b_sum = side_b.map(|(_, gradient)| gradient.sum(b_at, segments, (rank, b_cols)));
@@ -260,8 +258,10 @@ impl Launcher<'_> {
             sums: [b_sum, a_sum].map(Option::unwrap_or_default),
             before,
             strides: [side_b.map_or(0, |(s, _)| s.stride as i32), q_stride as i32],
-            segment_rows: segment_rows as i32,
-            all: i32::from(!fits),
+            whole: units.whole as i32,
+            segment_rows: units.segment_rows as i32,
+            all: i32::from(units.all),
+            padding: 0,
         };
         let flags = flags.map(|flags| flags.device_ptr_mut(self.stream));
         let flags_job = FlagsArg {
@@ -305,15 +305,17 @@ impl Launcher<'_> {
         // whose sizes the caller checked, and the guards above order the stream after their writers.
         unsafe { self.launch("launch of gemm", &function, grid, &args) }?;
         drop((a_written, b_written));
-        let left = |part, cols| Partial {
-            part,
-            splits: segments,
-            ranks: rank as usize,
-            cols,
+        let left = |part, cols, first_col| {
+            (first_col < cols).then_some(Partial {
+                part,
+                splits: segments,
+                ranks: rank as usize,
+                cols,
+                first_col,
+            })
         };
-        let several = |cols: usize| segments > 1 && cols > 0;
-        let a = several(a_cols).then(|| left(a_part, a_cols));
-        let b = several(b_cols).then(|| left(b_part, b_cols));
+        let a = left(a_part, a_cols, a_first);
+        let b = left(b_part, b_cols, b_first);
         Ok(Parts { a, b })
     }
 }

@@ -221,6 +221,15 @@ impl Kernels {
         let function = module
             .load_function(kernel.name())
             .map_err(Error::driver("function load"))?;
+        // A multiprocessor has to drain before it divides its memory anew: those without shared memory
+        // take the division of those with much, which come before and after them.
+        if matches!(kernel, Kernel::Pack | Kernel::Reduce | Kernel::Bits) {
+            let share =
+                CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            function
+                .set_attribute(share, 100)
+                .map_err(Error::driver("shared memory preference"))?;
+        }
         if shared_bytes > 48 * 1024 {
             let limit = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function

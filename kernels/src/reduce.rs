@@ -66,9 +66,11 @@ impl<'a> Gradient<'a> {
             splits: splits as i32,
             rank: self.rank as i32,
             cols: cols as i32,
+            first_col: 0,
             transpose: i32::from(self.transpose),
             f32: i32::from(self.f32),
             accumulate: i32::from(self.accumulate),
+            padding: 0,
         }
     }
 }
@@ -96,10 +98,14 @@ impl<'a> Sum<'a> {
             splits,
             ranks,
             cols,
+            first_col,
             ..
         } = *self.partial;
         let part = part + (self.first_rank * cols * size_of::<f32>()) as u64;
-        self.gradient.sum(part, splits, (ranks, cols))
+        SumArg {
+            first_col: first_col as i32,
+            ..self.gradient.sum(part, splits, (ranks, cols))
+        }
     }
 }
 
@@ -118,7 +124,8 @@ impl Launcher<'_> {
             for (job, sum) in jobs.0.iter_mut().zip(some) {
                 let (part, guard) = sum.partial.part.device_ptr(self.stream);
                 guards.push(guard);
-                largest = largest.max(sum.gradient.rank * sum.partial.cols);
+                let cols = sum.partial.cols - sum.partial.first_col;
+                largest = largest.max(sum.gradient.rank * cols);
                 *job = sum.arg(part);
             }
             let blocks = largest.div_ceil(UNIT * THREADS as usize / 32);
@@ -143,9 +150,11 @@ pub(crate) struct SumArg {
     splits: i32,
     rank: i32,
     cols: i32,
+    first_col: i32,
     transpose: i32,
     f32: i32,
     accumulate: i32,
+    padding: i32,
 }
 
 #[derive(Clone, Copy, Default)]

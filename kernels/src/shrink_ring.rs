@@ -12,39 +12,64 @@ use crate::rows::{Rows, padded_width};
 use crate::skinny::{RowsMut, Scales, rank_tile};
 use crate::tensor_map::TensorMap;
 
-/// How the warps of a block share its work, as in shrink_ring.cu.
+/// How a block takes its work, as in shrink_ring.cu.
 #[derive(Clone, Copy)]
 pub(crate) struct Teams {
     /// Row tiles of 16 of a warp.
-    pub row_tiles: usize,
+    row_tiles: usize,
     /// Warps that share a ring.
-    pub team: usize,
+    team: usize,
+    /// Blocks of a multiprocessor.
+    blocks: usize,
 }
 
 impl Teams {
     /// From the most rows a block to the fewest.
-    pub const ALL: [Self; 3] = [Self::of(2, 2), Self::of(2, 1), Self::of(1, 1)];
+    pub const ALL: [Self; 3] = [Self::of(2, 2, 1), Self::of(2, 1, 2), Self::of(1, 1, 2)];
 
-    const fn of(row_tiles: usize, team: usize) -> Self {
-        Self { row_tiles, team }
+    const fn of(row_tiles: usize, team: usize, blocks: usize) -> Self {
+        Self {
+            row_tiles,
+            team,
+            blocks,
+        }
+    }
+
+    /// Those with the most rows a block, which read A least often, that still fill the card.
+    fn choose(rows: usize, multiprocessors: usize) -> Self {
+        let [.., last] = Self::ALL;
+        let full = |teams: &Self| 10 * rows.div_ceil(teams.rows()) >= 9 * multiprocessors;
+        Self::ALL.into_iter().find(full).unwrap_or(last)
     }
 
     fn rows(self) -> usize {
         16 * self.row_tiles * self.team
     }
 
-    fn threads(self, ranks: usize) -> usize {
-        let splits = if ranks <= 16 * self.team { 8 } else { 4 };
-        32 * splits * self.team
+    /// Teams of a block: as many as have room for two boxes of x and of `ranks` ranks each.
+    fn splits(self, ranks: usize) -> usize {
+        let boxes = 2 * 128 * (self.rows() + ranks);
+        if 8 * boxes <= self.shared_bytes() {
+            8
+        } else {
+            4
+        }
     }
 
-    /// Bytes of dynamic shared memory: for one block a multiprocessor, or two.
+    /// Bytes of dynamic shared memory.
     fn shared_bytes(self) -> usize {
-        if self.rows() > 32 {
-            200 << 10
-        } else {
-            104 << 10
-        }
+        (if self.blocks == 1 { 200 } else { 104 }) << 10
+    }
+
+    /// Options of the kernel.
+    pub fn defines(self, ranks: usize) -> [(&'static str, u32); 5] {
+        [
+            ("RT", ranks as u32),
+            ("MT", self.row_tiles as u32),
+            ("TEAM", self.team as u32),
+            ("SPLITS", self.splits(ranks) as u32),
+            ("BLOCKS", self.blocks as u32),
+        ]
     }
 }
 
@@ -67,22 +92,18 @@ impl Launcher<'_> {
         (s, early): (&mut RowsMut<T>, bool),
     ) -> Result<()> {
         let ranks = rank_tile(s.cols);
-        // More rows a block read `a` less often; more blocks fill the card.
-        let full_card = |teams: &Teams| {
-            xs.rows.div_ceil(teams.rows()) * 10 >= 9 * self.kernels.multiprocessors()
-        };
-        let [.., smallest] = Teams::ALL;
-        let teams = Teams::ALL.into_iter().find(full_card).unwrap_or(smallest);
+        let teams = Teams::choose(xs.rows, self.kernels.multiprocessors());
         let instance = Instance {
             kernel: Kernel::ShrinkRing,
-            defines: vec![
-                ("DTYPE", T::DTYPE.define()),
-                ("ALIGNED", 1),
-                ("DROPOUT", u32::from(mask.is_some())),
-                ("RT", ranks as u32),
-                ("MT", teams.row_tiles as u32),
-                ("TEAM", teams.team as u32),
-            ],
+            defines: [
+                &[
+                    ("DTYPE", T::DTYPE.define()),
+                    ("ALIGNED", 1),
+                    ("DROPOUT", u32::from(mask.is_some())),
+                ][..],
+                &teams.defines(ranks),
+            ]
+            .concat(),
         };
         let shared_bytes = teams.shared_bytes();
         let function = self.kernels.function(instance, shared_bytes)?;
@@ -101,7 +122,7 @@ impl Launcher<'_> {
         ];
         let grid = Grid {
             shared_bytes,
-            ..Grid::new(blocks, teams.threads(ranks) as u32)
+            ..Grid::new(blocks, (32 * teams.splits(ranks) * teams.team) as u32)
         };
         let args = [
             arg(&x_map),
@@ -117,5 +138,31 @@ impl Launcher<'_> {
         // SAFETY: arguments in the order of shrink_ring.cu; the maps clip loads to `xs`, which passed
         // `Rows::check`, and to the packed `a`; `s` has a padded row for every row of `xs`.
         unsafe { self.launch("launch of shrink_ring", &function, grid, &args) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_fill_the_card_and_rings_fit() {
+        let chosen = |rows| {
+            let teams = Teams::choose(rows, 132);
+            [teams.rows(), teams.splits(16), teams.blocks]
+        };
+        assert_eq!(chosen(8192), [64, 8, 1]);
+        assert_eq!(chosen(4096), [32, 8, 2]);
+        assert_eq!(chosen(3000), [16, 8, 2]);
+        assert_eq!(chosen(1), [16, 8, 2]);
+        for teams in Teams::ALL {
+            for ranks in [16, 32, 64] {
+                let boxes = 2 * 128 * (teams.rows() + ranks);
+                assert!(teams.splits(ranks) * boxes <= teams.shared_bytes());
+                let warps = teams.splits(ranks) * teams.team;
+                let sums = 4 * teams.splits(ranks) * teams.rows() * ranks;
+                assert!(warps <= 16 && sums <= teams.shared_bytes());
+            }
+        }
     }
 }

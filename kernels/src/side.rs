@@ -40,22 +40,55 @@ pub(crate) fn beside(spare: usize, w_rows: usize, w_cols: usize) -> usize {
     spare * w_rows * w_cols / FLOPS_PER_SIDE_BYTE
 }
 
-/// Rows of a unit that `spare` blocks make beside the tiles: all, where the `chunks` of columns leave no
-/// block idle for long.
-pub(crate) fn rows_beside(rows: usize, spare: usize, chunks: usize) -> usize {
-    let spare = spare.max(1);
-    let even = 10 * chunks.next_multiple_of(spare) <= 11 * chunks;
-    let segments = if even { 1 } else { spare };
-    rows.div_ceil(segments).next_multiple_of(128)
+/// How side work is cut.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Units {
+    /// Chunks of columns that one block makes all rows of: no sums are left to add up.
+    pub whole: usize,
+    /// Rows of a unit of the other chunks.
+    pub segment_rows: usize,
+    /// Whether blocks help that are done with their tiles.
+    pub all: bool,
 }
 
-/// Rows of a unit that all of `blocks` make: few, so that they are done at once, but not so few that their
-/// partial sums cost more.
-pub(crate) fn rows_together(rows: usize, blocks: usize, chunks: usize, rank: usize) -> usize {
-    (rows * chunks)
-        .div_ceil(4 * blocks)
-        .next_multiple_of(128)
-        .max(if rank > 32 { 512 } else { 256 })
+impl Units {
+    /// For `blocks`, of which `spare` have no tiles and read `beside` columns while the others make the product.
+    pub fn new(
+        (rows, cols, rank): (usize, [usize; 2], usize),
+        (blocks, spare): (usize, usize),
+        beside: usize,
+    ) -> Self {
+        let chunks: usize = cols.map(|cols| cols.div_ceil(CHUNK)).iter().sum();
+        let all = cols[0] + cols[1] > beside;
+        // Where others help in the end, a tenth of the time is left for chance. More ranks take longer than
+        // `beside` assumes, how much is not known well enough.
+        let each = match spare {
+            0 => 0,
+            _ if all && rank > 32 => 0,
+            _ if all => 9 * beside / (10 * CHUNK * spare),
+            _ => chunks / spare,
+        };
+        let whole = chunks.min(spare * each);
+        let rest = chunks - whole;
+        let segment_rows = match (rest, all) {
+            (0, _) => rows,
+            (_, false) => rows.div_ceil(spare.max(1)),
+            // Few, so that all are done at once, but not so few that their sums cost more.
+            (_, true) => (rows * rest)
+                .div_ceil(4 * blocks)
+                .max(if rank > 32 { 512 } else { 256 }),
+        };
+        Self {
+            whole,
+            segment_rows: segment_rows.next_multiple_of(128),
+            all,
+        }
+    }
+
+    /// Columns of a product whose first chunk is number `first`, that whole units make.
+    pub fn whole_cols(&self, first: usize, cols: usize) -> usize {
+        (self.whole.saturating_sub(first) * CHUNK).min(cols)
+    }
 }
 
 /// Clusters with tiles: as many as finish as soon as all would, so that the others have time.
@@ -71,8 +104,10 @@ pub(crate) struct SideArg {
     pub sums: [SumArg; 2],
     pub before: SumArg,
     pub strides: [i32; 2],
+    pub whole: i32,
     pub segment_rows: i32,
     pub all: i32,
+    pub padding: i32,
 }
 
 // SAFETY: plain words in the layout of the kernel's struct `Side`.
@@ -84,16 +119,34 @@ mod tests {
 
     #[test]
     fn few_blocks_take_whole_columns_where_they_divide() {
-        let rows = |spare, chunks| rows_beside(8192, spare, chunks);
-        assert_eq!([rows(4, 8), rows(4, 36), rows(2, 7)], [8192, 8192, 4096]);
-        assert_eq!([rows(4, 10), rows(4, 1), rows(0, 3)], [2048, 2048, 8192]);
-        assert_eq!(rows_beside(1, 4, 8), 128);
+        let units = |cols, spare| Units::new((8192, cols, 16), (132, spare), 1 << 20);
+        let expected = |whole, segment_rows| Units {
+            whole,
+            segment_rows,
+            all: false,
+        };
+        assert_eq!(units([0, 4096], 4), expected(8, 8192));
+        assert_eq!(units([14336, 4096], 4), expected(36, 8192));
+        assert_eq!(units([0, 5120], 4), expected(8, 2048));
+        assert_eq!(units([512, 8], 4), expected(0, 2048));
     }
 
     #[test]
-    fn all_blocks_take_a_few_units_each() {
-        assert_eq!(rows_together(8192, 132, 4, 16), 256);
-        assert_eq!(rows_together(8192, 132, 36, 16), 640);
-        assert_eq!(rows_together(8192, 132, 16, 64), 512);
+    fn all_blocks_take_what_is_left() {
+        let units = |cols, rank, beside| Units::new((8192, cols, rank), (132, 4), beside);
+        let expected = |whole, segment_rows| Units {
+            whole,
+            segment_rows,
+            all: true,
+        };
+        assert_eq!(units([0, 2048], 16, 1048), expected(0, 256));
+        assert_eq!(units([14336, 4096], 16, 14_680), expected(24, 256));
+        assert_eq!(units([4096, 4096], 64, 4194), expected(0, 512));
+        let cols = [14336, 4096];
+        let found = units(cols, 16, 14_680);
+        assert_eq!(
+            [found.whole_cols(0, cols[0]), found.whole_cols(28, cols[1])],
+            [24 * CHUNK, 0]
+        );
     }
 }

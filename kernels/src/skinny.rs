@@ -206,6 +206,7 @@ impl Launcher<'_> {
                 splits: 0,
                 ranks: padded,
                 cols: z.cols,
+                first_col: 0,
             });
         }
         let tile = rank_tile(padded);
@@ -261,16 +262,19 @@ impl Launcher<'_> {
             splits,
             ranks: padded,
             cols: z.cols,
+            first_col: 0,
         })
     }
 }
 
-/// Sums of `outer`, one for each split of the rows: `[splits, ranks, cols]`.
+/// Partial sums of a gradient, one for each split of the rows: `[splits, ranks, cols]`, of the columns from
+/// `first_col` on.
 pub(crate) struct Partial {
     pub part: CudaSlice<f32>,
     pub splits: usize,
     pub ranks: usize,
     pub cols: usize,
+    pub first_col: usize,
 }
 
 /// Ranks that one block handles.

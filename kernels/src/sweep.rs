@@ -152,6 +152,7 @@ impl Launcher<'_> {
             splits: blocks,
             ranks,
             cols: z.cols,
+            first_col: 0,
         })
     }
 }

@@ -225,6 +225,7 @@ fn the_hopper_path_matches_f64_wherever_it_can_run() {
         (1000, 14336, 512, 16),
         (300, 512, 768, 128),
         (300, 768, 512, 256),
+        (2048, 2048, 4608, 16), // some gradients by one block, the others by all that are done
         (17_001, 264, 264, 16), // more rows of tiles than the card has clusters
     ] {
         let case = Case {

@@ -4,10 +4,10 @@
 // 64 columns and have a ring of their own, of boxes of x and of `a`, that is filled far ahead: drawing a mask
 // waits for no memory. Their sums meet in shared memory in a fixed order. As in shrink.cu, a thread takes the
 // same permuted columns of x and of `a`, whole 16 bytes at a time, which are the elements of one Philox block.
-// Options: DTYPE 1 or 2, RT ranks a block (16, 32 or 64), MT, TEAM, DROPOUT.
-constexpr int SPLITS = RT <= 16 * TEAM ? 8 : 4, WARPS = SPLITS * TEAM;
+// Options: DTYPE 1 or 2, RT ranks a block (16, 32 or 64), MT, TEAM, SPLITS, BLOCKS of a multiprocessor, DROPOUT.
+constexpr int WARPS = SPLITS * TEAM;
 constexpr int ROWS = 16 * MT * TEAM, NT = RT / 8, COLS = 64;
-constexpr int ROOM = (ROWS > 32 ? 200 : 104) << 10;  // one block a multiprocessor, or two
+constexpr int ROOM = (BLOCKS == 1 ? 200 : 104) << 10;  // as in shrink_ring.rs
 constexpr int X_BYTES = ROWS * 128, STAGE_BYTES = X_BYTES + RT * 128;
 constexpr int STAGES = ROOM / (SPLITS * STAGE_BYTES);
 static_assert(STAGES >= 2, "a box is to be on its way while another is read");
@@ -22,7 +22,7 @@ __device__ __forceinline__ void team_sync(int team) {
   else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM * 32) : "memory");
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, ROWS > 32 ? 1 : 2) shrink_ring(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) shrink_ring(
     const __grid_constant__ TensorMap x_map,  // [rows, cols], box 64 x ROWS
     const __grid_constant__ TensorMap a_map,  // [ranks, padded cols], box 64 x RT
     T* __restrict__ s,                        // [rows, lds]

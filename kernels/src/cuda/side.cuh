@@ -2,15 +2,16 @@
 // cannot make all of it, by the others when they are done with theirs.
 // Options: SIDE 1 = there are some; DROPOUT 2 = the second z is masked; RANK_STEPS; DOWN.
 
-// grad[rank, cols] (+)= qᵀ · z, for up to two z [rows, cols], in units of a segment of rows. With DROPOUT the second
-// z is masked like the output, and q holds the scale; with DOWN its q is made by this launch. Where there are several
-// segments, these are left to be added up by a later launch.
+// grad[rank, cols] (+)= qᵀ · z, for up to two z [rows, cols], in units of SIDE_CHUNK columns. With DROPOUT the second
+// z is masked like the output, and q holds the scale; with DOWN its q is made by this launch. The first units have all
+// rows and are done when they are made; the others have a segment of the rows, for a later launch to add up.
 struct Side {
   const T *q0, *q1;  // [rows, rank], row strides ldq0 and ldq1
-  Sum sum0, sum1;    // of `segments` parts [rank, cols]; of no columns: no such product
+  Sum sum0, sum1;    // of the segments, [rank, cols] each; of no columns: no such product
   Sum before;        // of what the kernel before this one made, if it has splits; not with DOWN
   int ldq0, ldq1;
-  int segment_rows;  // a multiple of 128
+  int whole;         // units of all rows
+  int segment_rows;  // of the others, a multiple of 128
   int all;           // 1: blocks that are done with their tiles help
 };
 
@@ -36,19 +37,24 @@ __device__ __forceinline__ void put_across(const float (&acc)[RANK_STEPS][8][4],
       }
 }
 
-// A unit is a segment of rows by 512 columns: 1024 bytes of 32 rows at a time, because single lines
-// would cost the memory too much. A warp has 64 columns and a ring of boxes of its own, which runs on
-// from unit to unit.
+// A unit is 512 columns: 1024 bytes of 32 rows at a time, because single lines would cost the memory too
+// much. A warp has 64 columns and a ring of boxes of its own, which runs on from unit to unit.
 struct SideUnit {
   int index;
   bool second;
-  int row0, col0;  // of the warp
-  __device__ __forceinline__ SideUnit(const Side& side, int index, int segments, int warp) : index(index) {
-    int first_units = (side.sum0.cols + SIDE_CHUNK - 1) / SIDE_CHUNK * segments;
-    second = index >= first_units;
-    index -= second ? first_units : 0;
-    row0 = index % segments * side.segment_rows;
-    col0 = index / segments * SIDE_CHUNK + warp * BOX_COLS;
+  int row0, strips, col0;  // rows in boxes, columns of the warp
+  int segment;             // or -1: all rows
+  __device__ __forceinline__ SideUnit(const Side& side, int index, int rows, int segments, int warp) : index(index) {
+    int chunk = index;
+    row0 = 0, strips = (rows + 127) / 128 * (128 / BOX_ROWS), segment = -1;  // no fewer than the ring has stages
+    if (index >= side.whole) {
+      index -= side.whole;
+      chunk = side.whole + index / segments, segment = index % segments;
+      row0 = segment * side.segment_rows, strips = side.segment_rows / BOX_ROWS;
+    }
+    int first_chunks = (side.sum0.cols + SIDE_CHUNK - 1) / SIDE_CHUNK;
+    second = chunk >= first_chunks;
+    col0 = (chunk - (second ? first_chunks : 0)) * SIDE_CHUNK + warp * BOX_COLS;
   }
 };
 
@@ -61,8 +67,9 @@ __device__ __forceinline__ void side_work(
   u32 ring_bits = shared_address(shared) + SIDE_RING_BYTES + warp * SIDE_STAGES * BITS_BYTES;
   T* q_rows = reinterpret_cast<T*>(shared + SIDE_RING_BYTES + SIDE_BITS_BYTES);  // [Q_ROWS, SIDE_RANK]
   u32 q_address = shared_address(q_rows);
-  int segments = (rows + side.segment_rows - 1) / side.segment_rows, strips = side.segment_rows / BOX_ROWS;
-  int units = ((side.sum0.cols + SIDE_CHUNK - 1) / SIDE_CHUNK + (side.sum1.cols + SIDE_CHUNK - 1) / SIDE_CHUNK) * segments;
+  int segments = (rows + side.segment_rows - 1) / side.segment_rows;
+  int chunks = (side.sum0.cols + SIDE_CHUNK - 1) / SIDE_CHUNK + (side.sum1.cols + SIDE_CHUNK - 1) / SIDE_CHUNK;
+  int units = side.whole + (chunks - side.whole) * segments;
 
   auto fetch = [&](const SideUnit& unit, int strip, int stage) {
     if (lane == 0) {
@@ -76,16 +83,16 @@ __device__ __forceinline__ void side_work(
   };
   auto load_q_rows = [&](const SideUnit& unit, int first) {
     const T* q = unit.second ? side.q1 : side.q0;
-    int ldq = unit.second ? side.ldq1 : side.ldq0, row0 = unit.row0 + first, end = min(unit.row0 + side.segment_rows, rows);
+    int ldq = unit.second ? side.ldq1 : side.ldq0, row0 = unit.row0 + first, count = min(Q_ROWS, unit.strips * BOX_ROWS - first);
     constexpr int ROW_VECS = SIDE_RANK / 8;
 #if DOWN
     if (unit.second)
-      for (int row = row0; row < min(row0 + Q_ROWS, end); row += 128) await_count(flags.ready(row), READY);
+      for (int row = row0; row < min(row0 + count, rows); row += 128) await_count(flags.ready(row), READY);
 #endif
-    for (int at = thread; at < min(Q_ROWS, side.segment_rows - first) * ROW_VECS; at += SIDE_WARPS * 32) {
+    for (int at = thread; at < count * ROW_VECS; at += SIDE_WARPS * 32) {
       int row = row0 + at / ROW_VECS;
       Vec v = {{0, 0, 0, 0}};
-      if (row < end) v = load_packed(q + (i64)row * ldq + at % ROW_VECS * 8);
+      if (row < rows) v = load_packed(q + (i64)row * ldq + at % ROW_VECS * 8);
       reinterpret_cast<Vec*>(q_rows)[at] = v;
     }
     side_sync();
@@ -94,7 +101,7 @@ __device__ __forceinline__ void side_work(
     constexpr bool MASKED = decltype(masked)::value;
     float acc[RANK_STEPS][8][4] = {};
     u32 q_at = q_address;
-    for (int strip = 0; strip < strips; ++strip, q_at += BOX_ROWS * SIDE_RANK * 2) {
+    for (int strip = 0; strip < unit.strips; ++strip, q_at += BOX_ROWS * SIDE_RANK * 2) {
       if (q_at == q_address + Q_ROWS * SIDE_RANK * 2) {
         side_sync();
         load_q_rows(unit, strip * BOX_ROWS);
@@ -110,12 +117,12 @@ __device__ __forceinline__ void side_work(
       }
       __syncwarp();
       int ahead = strip + SIDE_STAGES;
-      if (ahead < strips) fetch(unit, ahead, stage);
-      else if (next.index < units) fetch(next, ahead - strips, stage);
+      if (ahead < unit.strips) fetch(unit, ahead, stage);
+      else if (next.index < units) fetch(next, ahead - unit.strips, stage);
       if (++stage == SIDE_STAGES) stage = 0, parity ^= 1;
     }
     const Sum& sum = unit.second ? side.sum1 : side.sum0;
-    if (segments > 1) store_across(acc, 1.f, const_cast<float*>(sum.part) + unit.row0 / side.segment_rows * sum.stride, unit.col0, sum.cols, lane);
+    if (unit.segment >= 0) store_across(acc, 1.f, const_cast<float*>(sum.part) + unit.segment * sum.stride, unit.col0, sum.cols, lane);
     else if (sum.f32 && !sum.accumulate) put_across(acc, sum, unit.col0, lane, [&](int rank, int col, float v) { static_cast<float*>(sum.grad)[sum.place(rank, col)] = v; });
     else put_across(acc, sum, unit.col0, lane, [&](int rank, int col, float v) { sum.put(rank, col, v); });
   };
@@ -125,13 +132,13 @@ __device__ __forceinline__ void side_work(
   side_sync();
   int stage = 0;
   u32 parity = 0;
-  SideUnit unit(side, slots[0], segments, warp);
+  SideUnit unit(side, slots[0], rows, segments, warp);
   if (unit.index < units)
     for (int i = 0; i < SIDE_STAGES; ++i) fetch(unit, i, i);
   for (int turn = 1; unit.index < units; turn ^= 1) {
     if (thread == 0) slots[turn] = atomicAdd(flags.unit(), 1);
     load_q_rows(unit, 0);
-    SideUnit next(side, slots[turn], segments, warp);
+    SideUnit next(side, slots[turn], rows, segments, warp);
     if (DROPOUT == 2 && unit.second) add_strips(Yes{}, unit, next, stage, parity);
     else add_strips(No{}, unit, next, stage, parity);
     side_sync();  // q may be overwritten

@@ -1,11 +1,11 @@
 // Gradients of the adapter from partial sums.
 
-// grad (+)= sum over splits of part, in order. As in reduce.rs.
+// grad (+)= sum over splits of part, in order, from a column on. As in reduce.rs.
 struct Sum {
   const float* part;  // [splits, .., cols], `stride` elements a split
   void* grad;         // [rank, cols], or [cols, rank] with `transpose`
   i64 stride;
-  int splits, rank, cols;
+  int splits, rank, cols, first_col;
   int transpose, f32, accumulate;  // f32 0: of the dtype of the base
 
   __device__ __forceinline__ i64 place(int row, int col) const { return transpose ? (i64)col * rank + row : (i64)row * cols + col; }
@@ -25,7 +25,7 @@ struct Sum {
 // asks for columns in fours.
 template <int WIDE>
 __device__ __forceinline__ int units_of_row(const Sum& sum) {
-  return (sum.cols + 8 * WIDE - 1) / (8 * WIDE);
+  return (sum.cols - sum.first_col + 8 * WIDE - 1) / (8 * WIDE);
 }
 template <int WIDE>
 __device__ __forceinline__ int units_of(const Sum& sum) {
@@ -34,7 +34,7 @@ __device__ __forceinline__ int units_of(const Sum& sum) {
 template <int WIDE, int UNROLL = 4>
 __device__ __forceinline__ void add_up(const Sum& sum, int unit, int lane) {
   constexpr int PARTS = 4, PLACES = 32 / PARTS;
-  int row = unit / units_of_row<WIDE>(sum), col = (unit % units_of_row<WIDE>(sum) * PLACES + lane % PLACES) * WIDE;
+  int row = unit / units_of_row<WIDE>(sum), col = sum.first_col + (unit % units_of_row<WIDE>(sum) * PLACES + lane % PLACES) * WIDE;
   int part = lane / PLACES, each = (sum.splits + PARTS - 1) / PARTS, count = min(sum.splits - part * each, each);
   float total[WIDE] = {};
   if (col < sum.cols) {
