@@ -132,6 +132,8 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
             (2, 16),
             (2, 32),
             (2, 64),
+            (4, 16),
+            (4, 32),
             (8, 16),
         ] {
             for adapter_f32 in [0, 1] {

@@ -12,7 +12,9 @@ use crate::rows::{Rows, padded_rank};
 use crate::tensor_map::TensorMap;
 
 // As in decode.cu.
-const OWN_ROWS: usize = 32;
+const CLUSTER: usize = 2;
+const ROWS: usize = 64;
+const THREADS: u32 = 160;
 const DEPTH: usize = 64;
 const MOST_STAGES: usize = 10;
 /// Shared memory that blocks of a multiprocessor may have.
@@ -24,40 +26,21 @@ const LARGEST_S: usize = 1024;
 
 /// Tokens as the kernel sees them: tiles of 8.
 fn token_tiles(tokens: usize) -> usize {
-    match tokens {
-        ..=8 => 1,
-        9..=16 => 2,
-        _ => MOST_TOKENS / 8,
-    }
-}
-
-/// Blocks of a cluster.
-fn cluster(tiles: usize) -> usize {
-    if tiles <= 2 { 4 } else { 2 }
+    tokens.div_ceil(8).next_power_of_two()
 }
 
 /// Blocks of a launch.
-fn blocks(tiles: usize, out_features: usize) -> usize {
-    let cluster = cluster(tiles);
-    cluster * out_features.div_ceil(cluster * OWN_ROWS)
+fn blocks(out_features: usize) -> usize {
+    CLUSTER * out_features.div_ceil(ROWS)
 }
 
-/// Stages of the ring, and bytes of dynamic shared memory.
-///
-/// Clusters of four blocks do not find as many places as there are multiprocessors, so two of their blocks
-/// are to fit one.
-fn ring<P: Element>(tiles: usize, ranks: usize) -> (usize, usize) {
-    let (tokens, cluster) = (8 * tiles, cluster(tiles));
-    let rows = cluster * OWN_ROWS;
-    let stage = DEPTH * (2 * (rows + tokens) + size_of::<P>() * ranks);
-    let fixed = 4 * (ranks * tokens + (ranks + 1) * (OWN_ROWS + 1)) + 16 * MOST_STAGES;
-    let bytes = if cluster == 4 {
-        SHARED_BYTES / 2
-    } else {
-        SHARED_BYTES
-    };
-    let stages = ((bytes - fixed) / stage).min(MOST_STAGES);
-    let sums = 4 * tokens * (cluster * (OWN_ROWS + 4) + (cluster + rows / 16) * ranks);
+/// Stages of the ring, and bytes of dynamic shared memory, of a block that has `room`.
+fn ring<P: Element>(tiles: usize, ranks: usize, room: usize) -> (usize, usize) {
+    let (tokens, own_rows) = (8 * tiles, ROWS / CLUSTER);
+    let stage = DEPTH * (2 * (ROWS + tokens) + size_of::<P>() * ranks);
+    let fixed = 4 * (ranks * tokens + (ranks + 1) * (own_rows + 1)) + 16 * MOST_STAGES;
+    let stages = ((room - fixed) / stage).min(MOST_STAGES);
+    let sums = 4 * tokens * (CLUSTER * (own_rows + 4) + (CLUSTER + ROWS / 16) * ranks);
     (stages, sums.max(stages * stage))
 }
 
@@ -70,16 +53,15 @@ impl Launcher<'_> {
         masked: bool,
     ) -> bool {
         let tiles = token_tiles(xs.rows);
-        // Blocks that have a multiprocessor each and must wait for one are slower than a library's product.
-        let at_once = cluster(tiles) == 4
-            || blocks(tiles, linear.out_features) <= self.kernels.multiprocessors();
+        // For many tokens a library's product is faster where blocks come in several waves.
+        let at_once = blocks(linear.out_features) <= self.kernels.multiprocessors();
         let on_vectors = |address: u64| address.is_multiple_of(16);
         self.kernels.preference() == Preference::Fastest
             && self.kernels.arch() == "sm_90a"
             && T::DTYPE != DType::F32
             && !masked
             && (1..=MOST_TOKENS).contains(&xs.rows)
-            && at_once
+            && (tiles <= 4 || at_once)
             && linear.rank <= MOST_RANKS
             && 8 * tiles * padded_rank(linear.rank) <= LARGEST_S
             && self.aligned(xs)
@@ -105,9 +87,17 @@ impl Launcher<'_> {
                 ("RT", ranks as u32),
             ],
         };
-        let cluster = cluster(tiles);
-        let (stages, shared_bytes) = ring::<P>(tiles, ranks);
-        let function = self.kernels.function(instance, shared_bytes)?;
+        let blocks = blocks(linear.out_features);
+        // A ring as long as can be, but two blocks at once where there are more than multiprocessors.
+        let (long, short) = (SHARED_BYTES, SHARED_BYTES / 2);
+        let room = if blocks <= self.kernels.multiprocessors() {
+            long
+        } else {
+            short
+        };
+        let (stages, shared_bytes) = ring::<P>(tiles, ranks, room);
+        let most_bytes = ring::<P>(tiles, ranks, long).1;
+        let function = self.kernels.function(instance, most_bytes)?;
         let (x_at, _x) = xs.data.device_ptr(self.stream);
         let (w_at, _w) = linear.weight.device_ptr(self.stream);
         let (a_at, _a) = linear.a.device_ptr(self.stream);
@@ -118,20 +108,14 @@ impl Launcher<'_> {
         let (s_at, _s) = s.device_ptr_mut(self.stream);
         let (out_features, in_features) = (linear.out_features, linear.in_features);
         let x_map = TensorMap::new::<T>(x_at, (xs.rows, in_features, xs.stride), 8 * tiles)?;
-        let w_map = TensorMap::new::<T>(
-            w_at,
-            (out_features, in_features, in_features),
-            cluster * OWN_ROWS,
-        )?;
+        let w_map = TensorMap::new::<T>(w_at, (out_features, in_features, in_features), ROWS)?;
         let a_map = TensorMap::new::<P>(a_at, (linear.rank, in_features, in_features), ranks)?;
         let (tokens, rank, scale) = (xs.rows as i32, linear.rank as i32, linear.scaling);
         let (rows, cols) = (out_features as i32, in_features as i32);
         let stages = stages as i32;
-        let blocks = blocks(tiles, out_features);
-        let threads = 32 * (2 * cluster + 1); // a warp for 16 rows, and one that loads
         let grid = Grid {
             shared_bytes,
-            ..Grid::new([blocks as u32, 1, 1], threads as u32)
+            ..Grid::new([blocks as u32, 1, 1], THREADS)
         };
         let args = [
             arg(&x_map),
@@ -169,10 +153,14 @@ mod tests {
                 if 8 * tiles * ranks > LARGEST_S {
                     continue;
                 }
-                for (stages, bytes) in [ring::<f32>(tiles, ranks), ring::<bf16>(tiles, ranks)] {
-                    assert!((2..=MOST_STAGES).contains(&stages), "{stages} stages");
-                    let room = SHARED_BYTES * 2 / cluster(tiles);
-                    assert!(bytes <= room, "{bytes} bytes of {room}");
+                for room in [SHARED_BYTES, SHARED_BYTES / 2] {
+                    for (stages, bytes) in [
+                        ring::<f32>(tiles, ranks, room),
+                        ring::<bf16>(tiles, ranks, room),
+                    ] {
+                        assert!((2..=MOST_STAGES).contains(&stages), "{stages} stages");
+                        assert!(bytes <= room, "{bytes} bytes of {room}");
+                    }
                 }
             }
         }

@@ -34,9 +34,9 @@
 //!   pass over `dY` for `dS` and `dB`), whichever is expected to cost less; dropout takes the pass.
 //!   Multiprocessors that the tiles of `dx` leave over make `dA`, and `dB` where no pass has, meanwhile; the
 //!   others help at the end where that does not suffice.
-//! - **Decode** (9.0, forward without dropout, of up to 16 tokens with a rank of at most 64, or of up to 64
-//!   with at most 16 where the layer is narrow enough to run at once): one launch for all of it, which reads
-//!   `W` once and the adapter as it is kept.
+//! - **Decode** (9.0, forward without dropout, of up to 16 tokens with a rank of at most 64, up to 32 with at
+//!   most 32, or up to 64 with at most 16 where the layer is narrow enough to run at once): one launch for all
+//!   of it, which reads `W` once and the adapter as it is kept.
 //! - **General** (8.0 and newer): one-pass kernels write the adapter's part, and cuBLASLt adds the base
 //!   product to it.
 //!

@@ -75,13 +75,15 @@ fn large_layers_match_f64() {
         check::<f16, f32>(kernels, stream, &Case::new(2049, 14336, 4096, 64));
         check::<f32, f32>(kernels, stream, &Case::new(2049, 4096, 4096, 16));
         check::<f32, f32>(kernels, stream, &Case::new(64, 14336, 1000, 8));
+        // Blocks that go through many columns of few rows.
+        check::<bf16, f32>(kernels, stream, &Case::new(100, 64, 28_672, 16));
     });
 }
 
 #[test]
 fn few_tokens_match_f64() {
     with_device(|kernels, stream| {
-        for tokens in [1, 5, 8, 9, 16, 17, 33, 64] {
+        for tokens in [1, 5, 8, 9, 16, 17, 32, 33, 64] {
             for (in_features, out_features) in [(1032, 520), (4096, 100), (64, 4096)] {
                 for rank in [3, 16, 24, 64, 100] {
                     let case = Case {

@@ -1,14 +1,13 @@
 // Hopper: y = x Wᵀ + b + S Bᵀ with S = s · x Aᵀ, for a few tokens, in one launch.
 //
-// What counts is to read W once, at full speed. A cluster takes ROWS rows of W and its blocks share the
-// depth. In a block the copy engine fills a ring of stages far ahead, and warpgroups multiply 64 rows of W
-// each with all tokens. Meanwhile their warps add up S of the block's depth, from the x that stands there.
-// In the end the blocks exchange their sums, and each adds up 32 rows. The adapter is read as it is kept, no
+// What counts is to read W once, at full speed. A cluster takes ROWS rows of W and its two blocks share the
+// depth. In a block the copy engine fills a ring of stages far ahead, and a warpgroup multiplies the rows of W
+// with all tokens. Meanwhile its warps add up S of the block's depth, from the x that stands there.
+// In the end the blocks exchange their sums, and each adds up half of the rows. The adapter is read as it is kept, no
 // other kernel packs it.
 // Options: DTYPE 1 or 2, ADAPTER_F32 1 = the adapter is in f32, NT tiles of 8 tokens, RT ranks.
 //
-// A cluster of four blocks reads x and A half as often, one of two has more room for its ring.
-constexpr int CLUSTER = NT <= 2 ? 4 : 2, OWN_ROWS = 32, ROWS = CLUSTER * OWN_ROWS, WARPS = ROWS / 16, THREADS = (WARPS + 1) * 32;
+constexpr int CLUSTER = 2, OWN_ROWS = 32, ROWS = CLUSTER * OWN_ROWS, WARPS = ROWS / 16, THREADS = (WARPS + 1) * 32;
 constexpr int DEPTH = 64, TOKENS = 8 * NT, RANK_TILES = RT / 16;
 constexpr int ADAPTER_BOXES = ADAPTER_F32 ? 2 : 1, ADAPTER_COLS = DEPTH / ADAPTER_BOXES;  // of 128 bytes
 // A stage: W, x and A, of 64 columns.
@@ -102,23 +101,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int i = 0, stage = 0, parity = 0; i < count; ++i) {
       u32 weight = ring + stage * STAGE_BYTES, x = weight + WEIGHT_BYTES, a = x + X_BYTES;
       barrier_wait(full + 8 * stage, parity);
-      u64 left = descriptor(weight + (warp >> 2) * 64 * 128, 16), right = descriptor(x, 16);
+      u64 left = descriptor(weight, 16), right = descriptor(x, 16);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < DEPTH / 16; ++step) wgmma_narrow(acc, left + step * DEPTH_STEP, right + step * DEPTH_STEP, 1);
       wgmma_commit();
-      if (WARPS == 4 || (i & 1) == warp >> 2) {  // the warp adds 16 columns to S, of every other stage if there are eight
-        int step = warp & 3;
-        u32 right[(NT + 1) / 2][4];  // two tiles of tokens each
+      u32 tokens_at[(NT + 1) / 2][4];  // two tiles of tokens each; of the 16 columns that the warp adds to S
 #pragma unroll
-        for (int n = 0; n < NT; n += 2) ldmatrix(right[n / 2], swizzled(x, (NT == 1 ? 0 : n * 8 + (lane >> 4) * 8) + (lane & 7), 2 * step + (lane >> 3 & 1)));
+      for (int n = 0; n < NT; n += 2) ldmatrix(tokens_at[n / 2], swizzled(x, (NT == 1 ? 0 : n * 8 + (lane >> 4) * 8) + (lane & 7), 2 * warp + (lane >> 3 & 1)));
 #pragma unroll
-        for (int j = 0; j < RANK_TILES; ++j) {
-          u32 left[4];
-          load_adapter(left, a, j * 16, step, lane);
+      for (int j = 0; j < RANK_TILES; ++j) {
+        u32 ranks_at[4];
+        load_adapter(ranks_at, a, j * 16, warp, lane);
 #pragma unroll
-          for (int n = 0; n < NT; ++n) mma(low[j][n], left[0], left[1], left[2], left[3], right[n / 2][n % 2 * 2], right[n / 2][n % 2 * 2 + 1]);
-        }
+        for (int n = 0; n < NT; ++n) mma(low[j][n], ranks_at[0], ranks_at[1], ranks_at[2], ranks_at[3], tokens_at[n / 2][n % 2 * 2], tokens_at[n / 2][n % 2 * 2 + 1]);
       }
       wgmma_wait<0>();
       __syncwarp();

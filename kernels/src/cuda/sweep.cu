@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + BITS_WARPS) * 32, 1) sweep
   if (rank < chunks)
     for (int stage = 0; stage < STAGES; ++stage) fetch(stage);
 
-  int stage = 0;
+  int stage = 0, buffer = 0;
   u32 parity = 0;
   for (int block = blockIdx.x / group; block < blocks; block += groups) {
     i64 row0 = (i64)block * block_rows;
@@ -193,7 +193,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + BITS_WARPS) * 32, 1) sweep
         fetch(stage);
         if (++stage == STAGES) stage = 0, parity ^= 1;
 #if DOWN
-        float* sums = meet + (BUFFERS == 2 ? strip & 1 : 0) * WARPS * BOX_ROWS * PITCH;
+        float* sums = meet + (BUFFERS == 2 ? buffer : 0) * WARPS * BOX_ROWS * PITCH;
+        buffer ^= 1;  // from chunk to chunk too, however many strips these have
         if (BUFFERS == 1) warps_sync();
 #pragma unroll
         for (int i = 0; i < 2; ++i)
