@@ -17,11 +17,6 @@ struct Scales {
   float of[64];
 };
 
-__device__ __forceinline__ void team_sync(int team) {
-  if (TEAM == 1) __syncwarp();
-  else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM * 32) : "memory");
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) shrink_ring(
     const __grid_constant__ TensorMap x_map,  // [rows, cols], box 64 x ROWS
     const __grid_constant__ TensorMap a_map,  // [ranks, padded cols], box 64 x RT
@@ -29,12 +24,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) shrink_ring(
     int rows, int cols, int lds, int early,   // 1: x was there before the kernel before this one
     const __grid_constant__ Scales scales, Dropout dropout) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[SPLITS * STAGES];
+  __shared__ __align__(8) u64 barriers[2 * SPLITS * STAGES];
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   int team = warp / TEAM, member = warp % TEAM;
   int row0 = blockIdx.x * ROWS, rank0 = blockIdx.y * RT;
   int boxes = (cols + COLS - 1) / COLS, count = (boxes - team + SPLITS - 1) / SPLITS;
-  u32 ring = shared_address(shared) + team * STAGES * STAGE_BYTES, full = shared_address(barriers) + team * STAGES * 8;
+  u32 ring = shared_address(shared) + team * STAGES * STAGE_BYTES, full = shared_address(barriers) + team * STAGES * 8, empty = full + SPLITS * STAGES * 8;
   bool loads = member == 0 && lane == 0;
 
   auto column = [&](int i) { return (i * SPLITS + team) * COLS; };
@@ -44,13 +39,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) shrink_ring(
   };
   auto fetch_a = [&](int i, int stage) { load_box(ring + stage * STAGE_BYTES + X_BYTES, a_map, column(i), rank0, full + 8 * stage); };
   if (loads) {
-    for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + 8 * stage, 1);
+    for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + 8 * stage, 1), barrier_init(empty + 8 * stage, TEAM);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     for (int i = 0; i < min(count, STAGES); ++i)
       if (early) fetch_x(i, i);
       else prefetch_box(x_map, column(i), row0);
   }
-  team_sync(team);
+  __syncthreads();
   await_previous();
   start_next();
   if (loads)
@@ -73,8 +68,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) shrink_ring(
 #pragma unroll
       for (int n = 0; n < NT; ++n) av[half][n] = load_chunk(a, n * 8 + g, 2 * t + half);
     }
-    team_sync(team);
-    if (loads && i + STAGES < count) fetch_x(i + STAGES, stage), fetch_a(i + STAGES, stage);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    if (loads && i + STAGES < count) {
+      barrier_wait(empty + 8 * stage, parity);
+      fetch_x(i + STAGES, stage), fetch_a(i + STAGES, stage);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
