@@ -91,8 +91,7 @@ impl Launcher<'_> {
     }
 
     /// One pass over the output. [`Self::path`] must have chosen [`Path::Hopper`]. The `flags` are zero,
-    /// and there where the launch makes `q` or has side work. Returns partial
-    /// sums of the side work that are left to be added up.
+    /// and there where the launch makes `q` or has side work. Returns what side work leaves to be added up.
     pub fn fused<T: Element>(
         &self,
         call: Fused<T>,

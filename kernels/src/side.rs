@@ -28,7 +28,7 @@ pub(crate) struct SideWork<'a, T> {
     pub before: Option<Sum<'a>>,
 }
 
-/// What is left of [`SideWork`]: partial sums, of gradients that are not made by one block alone.
+/// What [`SideWork`] leaves: partial sums of the columns that no block made all rows of.
 #[derive(Default)]
 pub(crate) struct Parts {
     pub a: Option<Partial>,
