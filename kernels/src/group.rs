@@ -170,6 +170,7 @@ impl Kernels {
         let ds = ds.as_view();
         let ds = columns.of(&ds, rows)?;
         let hopper = input == InputGradient::Wanted
+            && rows > 0
             && linear.path(&launcher, Product::Backward, dys) == Path::Hopper;
         let dxs = packed.flags.backward(&launcher, |flags| {
             let beside = hopper

@@ -80,7 +80,7 @@ impl Launcher<'_> {
         if len == 0 {
             return self.stream.null().map_err(Error::driver("allocation"));
         }
-        // SAFETY: every caller passes the memory to a kernel that writes all of it before it is read.
+        // SAFETY: every caller passes the memory to a kernel that writes what is read of it, before it is read.
         unsafe { self.stream.alloc(len) }.map_err(Error::allocation(what, len * size_of::<T>()))
     }
 

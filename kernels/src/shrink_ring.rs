@@ -79,6 +79,7 @@ impl Launcher<'_> {
         self.kernels.preference() != Preference::General
             && self.kernels.arch() == "sm_90a"
             && T::DTYPE != DType::F32
+            && xs.cols > 0
             && self.aligned(xs)
     }
 
