@@ -13,7 +13,7 @@ use crate::masking::Masking;
 use crate::rows::{Rows, padded_width};
 use crate::sweep::{self, Down};
 
-/// Factors of the columns of S and dS, one for every 16 of them; as in shrink.cu.
+/// Factors of the columns of S and dS, one for every 16 of them; as in tile.cuh.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Scales([f32; Scales::LEN]);

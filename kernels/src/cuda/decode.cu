@@ -3,10 +3,9 @@
 // What counts is to read W once, at full speed. A cluster takes ROWS rows of W and its two blocks share the
 // depth. In a block the copy engine fills a ring of stages far ahead, and a warpgroup multiplies the rows of W
 // with all tokens. Meanwhile its warps add up S of the block's depth, from the x that stands there.
-// In the end the blocks exchange their sums, and each adds up half of the rows. The adapter is read as it is kept, no
-// other kernel packs it.
+// In the end the blocks exchange their sums, and each adds up half of the rows. The adapter is read as it is
+// kept, no other kernel packs it.
 // Options: DTYPE 1 or 2, ADAPTER_F32 1 = the adapter is in f32, NT tiles of 8 tokens, RT ranks.
-//
 constexpr int CLUSTER = 2, OWN_ROWS = 32, ROWS = CLUSTER * OWN_ROWS, WARPS = ROWS / 16, THREADS = (WARPS + 1) * 32;
 constexpr int DEPTH = 64, TOKENS = 8 * NT, RANK_TILES = RT / 16;
 constexpr int ADAPTER_BOXES = ADAPTER_F32 ? 2 : 1, ADAPTER_COLS = DEPTH / ADAPTER_BOXES;  // of 128 bytes

@@ -8,11 +8,6 @@ constexpr int SPAN = 4 * VEC;  // columns of one step
 constexpr int NT = RT / 8;
 constexpr int STEPS = RT <= 32 ? 2 : 1;  // steps in flight
 
-// A factor for every 16 ranks; those behind the last take the last.
-struct Scales {
-  float of[64];
-};
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, DTYPE != 0 && ALIGNED && WARPS == 8 && RT <= (DROPOUT ? 16 : 32) ? 2 : 1) shrink(
     const T* __restrict__ x,  // [rows, cols], row stride ldx
     const T* __restrict__ a,  // [ranks, lda], zero beyond cols

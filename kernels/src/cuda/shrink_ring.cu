@@ -12,11 +12,6 @@ constexpr int X_BYTES = ROWS * 128, STAGE_BYTES = X_BYTES + RT * 128;
 constexpr int STAGES = ROOM / (SPLITS * STAGE_BYTES);
 static_assert(STAGES >= 2, "a box is to be on its way while another is read");
 
-// A factor for every 16 ranks; those behind the last take the last.
-struct Scales {
-  float of[64];
-};
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) shrink_ring(
     const __grid_constant__ TensorMap x_map,  // [rows, cols], box 64 x ROWS
     const __grid_constant__ TensorMap a_map,  // [ranks, padded cols], box 64 x RT

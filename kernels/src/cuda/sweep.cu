@@ -19,9 +19,6 @@ constexpr int RING_BYTES = WARPS * STAGES * (BOX_BYTES + (DROPOUT == 2 ? BITS_BY
 constexpr int BITS_WARPS = BITS ? 4 : 0;  // that draw and do nothing else
 constexpr int MEET_BYTES = DOWN ? BUFFERS * WARPS * BOX_ROWS * PITCH * 4 : 0;
 
-struct Scales {
-  float of[64];
-};
 // A mask as bits: read by DROPOUT 2, written by BITS.
 struct Bits {
   u32* keep;

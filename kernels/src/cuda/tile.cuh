@@ -24,6 +24,11 @@ struct alignas(8) HalfVec {
   u32 w[2];
 };
 
+// Factors of S or dS, one for every 16 ranks; those behind the last take the last. As in skinny.rs.
+struct Scales {
+  float of[64];
+};
+
 // ---- order of kernels ------------------------------------------------------------------------
 // A kernel starts while the one before it drains. It must await that one before it reads what it
 // wrote, and before it writes anything: memory freed by an earlier kernel of the stream is reused.
