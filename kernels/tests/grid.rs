@@ -102,9 +102,9 @@ fn few_tokens_match_f64() {
 #[test]
 fn many_tokens_match_f64() {
     with_device(|kernels, stream| {
-        // Blocks take more rows where there are more.
+        // Blocks take more rows where there are more; the wider inputs go round their rings.
         for tokens in [3_900, 7_700] {
-            for rank in [3, 24, 64, 100] {
+            for (rank, in_features) in [(3, 1608), (24, 200), (64, 1608), (100, 200)] {
                 for dropout in [
                     None,
                     Some(Dropout::new(Place::Pre, 0.3, 42, 17, 1 << 33 | 5).unwrap()),
@@ -112,7 +112,7 @@ fn many_tokens_match_f64() {
                     let case = Case {
                         dropout,
                         gap: 8,
-                        ..Case::new(tokens, 200, 72, rank)
+                        ..Case::new(tokens, in_features, 72, rank)
                     };
                     check::<bf16, f32>(kernels, stream, &case);
                     check::<f16, f16>(kernels, stream, &case);
