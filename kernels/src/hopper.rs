@@ -15,6 +15,7 @@ use crate::reduce::SumArg;
 use crate::rows::{Rows, padded_width};
 use crate::side::{self, Parts, SideArg, SideWork, Units};
 use crate::skinny::Partial;
+use crate::streams;
 use crate::tensor_map::TensorMap;
 
 // As in gemm.cu.
@@ -297,7 +298,7 @@ impl Launcher<'_> {
         ];
         let grid = Grid {
             shared_bytes: SHARED_BYTES,
-            cooperative: made.is_some(),
+            cooperative: made.is_some() && !streams::is_first(self.stream),
             ..Grid::new([(CLUSTER * grid_clusters) as u32, 1, 1], THREADS)
         };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,

@@ -119,6 +119,7 @@ mod rows;
 mod shrink_ring;
 mod side;
 mod skinny;
+mod streams;
 mod sweep;
 mod tensor_map;
 

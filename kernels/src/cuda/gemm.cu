@@ -21,11 +21,14 @@ struct Tile {
   int row, col;  // of this block's part
 };
 
-// The first `shares` columns of clusters, down all rows; then groups of GROUP cluster rows, within a
+// The first `shares` columns of clusters, row by row; then groups of GROUP cluster rows, within a
 // group down the rows, then on to the next columns.
 __device__ __forceinline__ Tile tile_at(int index, int cluster_rows, int cluster_cols, int shares, int block) {
-  int row = index % cluster_rows, col = index / cluster_rows;
-  if (col >= shares) {
+  int row, col;
+  if (index < shares * cluster_rows) {
+    row = index / shares;
+    col = index % shares;
+  } else {
     index -= shares * cluster_rows;
     int cols = cluster_cols - shares, group = index / (GROUP * cols), first = group * GROUP;
     int height = min(GROUP, cluster_rows - first), within = index - first * cols;
@@ -111,7 +114,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         int k = 0;
 #if DOWN
         bool making = index < shares * cluster_rows;
-        Share share(down, making ? index / cluster_rows : 0, depth_blocks);
+        Share share(down, making ? index % shares : 0, depth_blocks);
         if (making) {
           k = share.start;
           barrier_wait(drained, making_parity);
@@ -279,7 +282,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
       stored();  // its buffers are for what makes q
       if (lane == 0) barrier_arrive(drained);
       begin(index);
-      Share share(down, index / cluster_rows, depth_blocks);
+      Share share(down, index % shares, depth_blocks);
       float low[2 * RANK_STEPS][4];
       bool flying = false;
       auto begin_step = [&](int turn) {
