@@ -153,11 +153,7 @@ impl Launcher<'_> {
         let clusters = self.kernels.clusters(&instance, CLUSTER as u32, || {
             self.active_clusters(&function, whole)
         })?;
-        let busy = if has_side {
-            side::busy(tiles, clusters)
-        } else {
-            tiles.min(clusters)
-        };
+        let busy = side::busy(tiles, clusters);
         let grid_clusters = if has_side { clusters } else { busy };
 
         let (input_at, _input) = input.data.device_ptr(self.stream);

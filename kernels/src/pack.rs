@@ -129,7 +129,11 @@ impl Launcher<'_> {
                     cols: source.cols as i32,
                     packed_rows: source.packed_rows as i32,
                     packed_cols: source.packed_cols as i32,
-                    transpose: i64::from(source.transpose),
+                    transpose: i32::from(source.transpose),
+                    aligned: i32::from(
+                        source.cols.is_multiple_of(4)
+                            && from.is_multiple_of(4 * size_of::<P>() as u64),
+                    ),
                 };
             }
             let largest = some.iter().map(Source::len).max().unwrap_or(0);
@@ -154,7 +158,8 @@ struct Job {
     cols: i32,
     packed_rows: i32,
     packed_cols: i32,
-    transpose: i64,
+    transpose: i32,
+    aligned: i32,
 }
 
 #[derive(Clone, Copy, Default)]

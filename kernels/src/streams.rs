@@ -24,7 +24,10 @@ const PER_THREAD: usize = 2;
 pub(crate) fn is_first(stream: &CudaStream) -> bool {
     static FIRST: OnceLock<Mutex<HashMap<usize, Key>>> = OnceLock::new();
     let handle = stream.cu_stream() as usize;
-    let key = (handle, (handle == PER_THREAD).then(|| thread::current().id()));
+    let key = (
+        handle,
+        (handle == PER_THREAD).then(|| thread::current().id()),
+    );
     let mut first = lock(FIRST.get_or_init(Mutex::default));
     *first.entry(stream.context().ordinal()).or_insert(key) == key
 }
