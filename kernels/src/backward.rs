@@ -13,7 +13,7 @@ use crate::hopper::Fused;
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
-use crate::making::{Low, MOST_MADE, Made};
+use crate::making::{Low, MOST_MADE, Made, Maker};
 use crate::masking::Masking;
 use crate::pack::Source;
 use crate::path::Path;
@@ -178,6 +178,7 @@ impl Kernels {
                             ranks: cols,
                             scale: linear.scaling,
                             into: &mut ds,
+                            by: Maker::FirstTiles,
                         })
                     } else {
                         given = Rows::packed(ds.as_view(), rows, cols);

@@ -175,15 +175,18 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
             (0, 0, 0, 0),
             (0, 1, 0, 0),
             (0, 0, 1, 0),
+            (0, 0, 2, 0),
             (1, 0, 0, 0),
             (1, 2, 0, 0),
             (1, 0, 0, 1),
             (1, 2, 0, 1),
             (1, 0, 1, 1),
         ] {
-            let few = [1, 2, 4]; // of ranks up to 64
-            let any = [1, 2, 3, 4];
-            let steps: &[u32] = if down + side > 0 { &few } else { &any };
+            let steps: &[u32] = match (down, side) {
+                (2, _) => &[1, 2],
+                (0, 0) => &[1, 2, 3, 4],
+                _ => &[1, 2, 4], // of ranks up to 64
+            };
             for &steps in steps {
                 let options = [
                     ("BACKWARD", backward),

@@ -12,7 +12,7 @@ use crate::hopper::Fused;
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
-use crate::making::{Low, Made};
+use crate::making::{Low, MOST_SPARE, Made, Maker};
 use crate::masking::Masking;
 use crate::path::Path;
 use crate::rows::{Rows, padded_rank};
@@ -70,13 +70,20 @@ impl Kernels {
         let path = linear.path(&launcher, Product::Forward, xs);
         let packed = linear.pack(&launcher, xs.rows, path != Path::Hopper)?;
         let pre = Dropout::at(linear.dropout, Place::Pre);
-        if path == Path::Hopper && linear.undropped() && launcher.makes_forward(xs, cols) {
+        let by = match pre {
+            _ if path != Path::Hopper || Dropout::at(linear.dropout, Place::Post).is_some() => None,
+            None if launcher.makes_forward(xs, cols) => Some(Maker::FirstTiles),
+            Some(mask) if cols <= MOST_SPARE => Some(Maker::SpareClusters(mask)),
+            _ => None,
+        };
+        if let Some(by) = by {
             packed.flags.forward(|flags| {
                 let made = Made {
                     down: &packed.a_rows(),
                     ranks: cols,
                     scale: linear.scaling,
                     into: &mut s,
+                    by,
                 };
                 launcher.hopper_output(xs, Low::Made(made), linear, &packed, flags, &mut ys)
             })?;

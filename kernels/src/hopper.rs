@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::gemm::Product;
 use crate::kernels::{Instance, Kernel};
 use crate::launch::{Grid, Launcher, arg};
-use crate::making::{DownArg, Low, PACKING_STEPS, shares};
+use crate::making::{Low, Maker, Tiling};
 use crate::masking::Masking;
 use crate::path::{Path, Preference, Reason};
 use crate::reduce::SumArg;
@@ -21,7 +21,9 @@ use crate::tensor_map::TensorMap;
 // As in gemm.cu.
 pub(crate) const CLUSTER: usize = 2;
 pub(crate) const TILE: usize = 256;
-const DEPTH: usize = 64;
+pub(crate) const DEPTH: usize = 64;
+/// Rows of clusters that are walked together.
+pub(crate) const GROUP: usize = 8;
 const STAGES: usize = 4;
 const STORE_BYTES: usize = 8 * 2 * 16 * 64 * 2;
 pub(crate) const SHARED_BYTES: usize = STAGES * (128 + 256) * DEPTH * 2 + STORE_BYTES;
@@ -123,7 +125,10 @@ impl Launcher<'_> {
         }
         let (rank, down_define) = match &q {
             Low::Given(q) => (q.cols, 0),
-            Low::Made(made) => (made.ranks, 1),
+            Low::Made(made) => match made.by {
+                Maker::FirstTiles => (made.ranks, 1),
+                Maker::SpareClusters(_) => (made.ranks, 2),
+            },
         };
         let side_a = side.as_ref().and_then(|side| side.a);
         let side_b = side.as_ref().and_then(|side| side.b);
@@ -154,7 +159,12 @@ impl Launcher<'_> {
             self.active_clusters(&function, whole)
         })?;
         let busy = side::busy(tiles, clusters);
-        let grid_clusters = if has_side { clusters } else { busy };
+        let grid_clusters = if has_side || down_define == 2 {
+            clusters
+        } else {
+            busy
+        };
+        let spare = CLUSTER * (grid_clusters - busy);
 
         let (input_at, _input) = input.data.device_ptr(self.stream);
         let (weight_at, _weight) = weight.device_ptr(self.stream);
@@ -173,50 +183,21 @@ impl Launcher<'_> {
         let (out_at, _out) = out.device_ptr_mut(self.stream);
         let out_map = map(out_at, rows, cols, cols, 16)?;
 
-        let mut down = DownArg::default();
-        let mut down_map = p_map;
-        let mut partial = None;
-        let (given, made) = match q {
-            Low::Given(q) => (Some((q.data.device_ptr(self.stream), q.stride)), None),
-            Low::Made(made) => {
-                let input_bytes = rows * depth * size_of::<T>();
-                let shares = shares(
-                    busy,
-                    (cluster_rows, cluster_cols),
-                    depth.div_ceil(DEPTH),
-                    input_bytes,
-                    if forward { PACKING_STEPS } else { 0 },
-                );
-                if shares.count > 1 {
-                    let len = shares.count * cluster_rows * TILE * rank;
-                    partial = Some(self.alloc::<f32>("partial rank-sized products", len)?);
-                }
-                let (at, _down) = made.down.device_ptr(self.stream);
-                down_map = map(at, rank, depth, padded_width(depth), rank)?;
-                down = DownArg {
-                    shares: shares.count as i32,
-                    window: shares.window as i32,
-                    delay: shares.delay as i32,
-                    scale: made.scale,
-                    ..down
-                };
-                (None, Some(made.into.device_ptr_mut(self.stream)))
-            }
+        let tiling = Tiling {
+            product,
+            rows: cluster_rows,
+            cols: cluster_cols,
+            busy,
+            spare,
         };
-        let partial = partial.as_mut().map(|p| p.device_ptr_mut(self.stream));
-        let (q_at, q_stride) = match (&given, &made) {
-            (Some(((at, _), stride)), _) => (*at, *stride),
-            (None, made) => (made.as_ref().map_or(0, |made| made.0), rank),
-        };
-        down.q = q_at;
-        down.partial = partial.as_ref().map_or(0, |partial| partial.0);
-        let q_map = map(q_at, rows, rank, q_stride, 128)?;
+        let low = self.low(q, input, depth, tiling)?;
+        let q_map = map(low.q_at, rows, rank, low.q_stride, 128)?;
+        let down_map = low.down_map.unwrap_or(p_map);
 
         let (b_cols, a_cols) = (
             side_b.map_or(0, |_| depth),
             side_a.map_or(0, |(xs, _)| xs.cols),
         );
-        let spare = CLUSTER * (grid_clusters - busy);
         let blocks = CLUSTER * grid_clusters;
         let beside = side::beside(spare, w_rows, w_cols);
         let units = Units::new((rows, [b_cols, a_cols], rank), (blocks, spare), beside);
@@ -244,16 +225,22 @@ impl Launcher<'_> {
             (Some(sum), Some((at, _))) => sum.arg(*at),
             _ => SumArg::default(),
         };
-        let side0_map = map(input_at, rows, depth, input.stride, side::BOX_ROWS)?;
+        let side0_map = match low.input_map {
+            Some(map) => map,
+            None => map(input_at, rows, depth, input.stride, side::BOX_ROWS)?,
+        };
         let side1_map = match (side_a, &xs_ptr) {
             (Some((xs, _)), Some((at, _))) => map(*at, rows, xs.cols, xs.stride, side::BOX_ROWS)?,
             _ => side0_map,
         };
         let side_job = SideArg {
-            q: [s_ptr.as_ref().map_or(0, |p| p.0), q_at],
+            q: [s_ptr.as_ref().map_or(0, |p| p.0), low.q_at],
             sums: [b_sum, a_sum].map(Option::unwrap_or_default),
             before,
-            strides: [side_b.map_or(0, |(s, _)| s.stride as i32), q_stride as i32],
+            strides: [
+                side_b.map_or(0, |(s, _)| s.stride as i32),
+                low.q_stride as i32,
+            ],
             whole: units.whole as i32,
             segment_rows: units.segment_rows as i32,
             all: i32::from(units.all),
@@ -267,7 +254,7 @@ impl Launcher<'_> {
         };
         let (rows, cols, depth, rank) = (rows as i32, cols as i32, depth as i32, rank as i32);
         let busy = busy as i32;
-        let mask = masking.mask().unwrap_or_default();
+        let mask = low.mask.or(masking.mask()).unwrap_or_default();
         let bits_at = self.bits_address(masking);
         let bias = bias.map(|bias| bias.device_ptr(self.stream));
         let bias_at = bias.as_ref().map_or(0, |(at, _)| *at);
@@ -289,12 +276,12 @@ impl Launcher<'_> {
             arg(&mask),
             arg(&bits_at),
             arg(&flags_job),
-            arg(&down),
+            arg(&low.down),
             arg(&side_job),
         ];
         let grid = Grid {
             shared_bytes: SHARED_BYTES,
-            cooperative: made.is_some() && !streams::is_first(self.stream),
+            cooperative: down_define > 0 && !streams::is_first(self.stream),
             ..Grid::new([(CLUSTER * grid_clusters) as u32, 1, 1], THREADS)
         };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,

@@ -93,17 +93,26 @@ impl Kernel {
             Self::Expand => with_tile!("expand.cu"),
             Self::Outer => with_tile!("outer.cu"),
             Self::Reduce => joined!("reduce.cu", "tile.cuh", "sum.cuh"),
-            Self::ShrinkRing => with_hopper!("shrink_ring.cu"),
+            Self::ShrinkRing => {
+                joined!(
+                    "shrink_ring.cu",
+                    "tile.cuh",
+                    "hopper.cuh",
+                    "shrink_ring.cuh"
+                )
+            }
             Self::Sweep => with_hopper!("sweep.cu"),
             Self::Bits => with_hopper!("bits.cu"),
             Self::Gemm => joined!(
                 "gemm.cu",
                 "tile.cuh",
                 "hopper.cuh",
+                "shrink_ring.cuh",
                 "wgmma.cuh",
                 "gemm.cuh",
                 "flags.cuh",
                 "down.cuh",
+                "spare.cuh",
                 "rank.cuh",
                 "sum.cuh",
                 "side.cuh"

@@ -10,8 +10,8 @@ use crate::skinny::Partial;
 // As in side.cuh.
 pub(crate) const BOX_ROWS: usize = 32;
 pub(crate) const CHUNK: usize = 512;
-/// Rings of boxes and the bits of their masks, and rows of q.
-const BYTES: usize = 8 * 4 * (BOX_ROWS * 64 * 2 + 512) + 2048 * 16 * 2;
+/// Rings of boxes and the bits of their masks, rows of q, and pieces of sums.
+const BYTES: usize = 8 * 4 * (BOX_ROWS * 64 * 2 + 512) + 2048 * 16 * 2 + 8 * 8 * 64 * 4;
 const _: () = assert!(BYTES <= SHARED_BYTES);
 
 /// Multiplications of the tensor cores of the whole card while one block of side work reads a byte:

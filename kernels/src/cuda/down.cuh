@@ -4,15 +4,16 @@
 // share of the depth, in windows of `window` steps of 64: window w belongs to tile w % shares, which
 // starts to multiply `delay` steps before the first of its own: by then `down` is there, and q is before
 // any tile needs it. The sums of the shares meet in memory; the last warp to arrive adds them, always in
-// the same order. Options: DOWN 1 = on; RANK_STEPS 1, 2 or 4.
+// the same order. Options: DOWN 1 = on, 2 = see spare.cuh; RANK_STEPS 1, 2 or 4.
 struct Down {
   T* q;            // [rows, rank]
   float* partial;  // [shares, whole clusters of rows, rank]
   int shares, window, delay;
   float scale;
+  int first_row;  // that the clusters without tiles make; a multiple of 128
 };
 
-#if DOWN
+#if DOWN == 1
 constexpr int RANK = 16 * RANK_STEPS, DOWN_BYTES = RANK * TILE_DEPTH * 2;
 
 // Which steps of the depth are a tile's own, and in which order it takes all of them.

@@ -13,8 +13,9 @@
 // forward) it comes last, by mma.sync into fresh registers. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank
 // at most 64), RANK_STEPS = the rank's last 1 to 4 steps of 16.
 //
-// DOWN (without dropout): q is not given, the first tiles make it from the input that they read anyway (down.cuh). SIDE:
-// gradients of the adapter are made beside (side.cuh).
+// DOWN 1 (without dropout): q is not given, the first tiles make it from the input that they read anyway (down.cuh).
+// DOWN 2 (forward): the clusters without tiles make the later rows of it, from the input under `dropout` (spare.cuh).
+// SIDE: gradients of the adapter are made beside (side.cuh).
 
 // ---- tiles ---------------------------------------------------------------------------------
 struct Tile {
@@ -47,14 +48,14 @@ struct Ring {
   }
 };
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1) gemm(
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gemm(
     const __grid_constant__ TensorMap input_map,   // [rows, depth], box 64 x 128
     const __grid_constant__ TensorMap weight_map,  // box 64 x 128, or 64 x 64 backward
     const __grid_constant__ TensorMap q_map,       // [rows, rank], box 64 x 128
     const __grid_constant__ TensorMap p_map,       // as weight_map
     const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 16
     const __grid_constant__ TensorMap down_map,    // DOWN: [rank, depth], box 64 x rank
-    const __grid_constant__ TensorMap side0_map,   // z of the first side product, box 64 x 32
+    const __grid_constant__ TensorMap side0_map,   // z of the first side product, box 64 x 32; DOWN 2: the input, 64 x 64
     const __grid_constant__ TensorMap side1_map,   // and of the second
     const T* __restrict__ bias,                    // [cols] or null
     int rows, int cols, int depth, int rank, int busy,  // clusters with tiles
@@ -69,15 +70,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
   u32 block;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
   int cluster = blockIdx.x / CLUSTER;
+#if DOWN == 2
+  int spare = gridDim.x / CLUSTER - busy;
+  cluster -= spare;  // those that others wait for come first
+#endif
   int cluster_rows = (rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS), cluster_cols = (cols + TILE_COLS - 1) / TILE_COLS;
-  int tiles = cluster < busy ? cluster_rows * cluster_cols : 0;
+  int tiles = cluster >= 0 && cluster < busy ? cluster_rows * cluster_cols : 0;
   int depth_blocks = (depth + TILE_DEPTH - 1) / TILE_DEPTH, rank_blocks = (rank + TILE_DEPTH - 1) / TILE_DEPTH;
   // The last block of the rank is the remainder; those before it are further depth.
   int full_blocks = depth_blocks + rank_blocks - 1;
-  int shares = DOWN ? down.shares : 0;
+  int shares = DOWN == 1 ? down.shares : 0;
   int warpgroup = threadIdx.x / 128;
 
-  if (threadIdx.x == 32) prefetch_map(input_map), prefetch_map(weight_map), prefetch_map(DOWN ? down_map : q_map), prefetch_map(p_map);
+  if (threadIdx.x == 32) prefetch_map(input_map), prefetch_map(weight_map), prefetch_map(DOWN == 1 ? down_map : q_map), prefetch_map(p_map);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + 8 * s, 1);
@@ -91,6 +96,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
 #endif
   if (threadIdx.x < 32) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   cluster_sync();
+#if DOWN == 2
+  if (tiles == 0) {
+    make_rows(side0_map, down_map, down, flags, dropout, rows, depth, blockIdx.x, spare * CLUSTER, shared);
+    return;
+  }
+#endif
 
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
@@ -105,14 +116,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         start_next();
         awaited = true;
       };
-#if DOWN
+#if DOWN == 1
       u32 making_parity = 0;
       if (BACKWARD) await_once();  // the input may be what that kernel writes; forward, packing was between
 #endif
       for (int index = cluster; index < tiles; index += busy) {
         Tile tile = tile_at(index, cluster_rows, cluster_cols, shares, block);
         int k = 0;
-#if DOWN
+#if DOWN == 1
         bool making = index < shares * cluster_rows;
         Share share(down, making ? index % shares : 0, depth_blocks);
         if (making) {
@@ -126,7 +137,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
           u32 bar = full + 8 * ring.stage, dst = stages + ring.stage * STAGE_BYTES;
           u32 bytes = STAGE_BYTES;
           if (low) await_once();
-#if DOWN
+#if DOWN == 2
+          if (low && tile.row >= down.first_row && tile.row < rows) {
+            await_count(flags.ready(tile.row), READY);
+            fence_copies();
+          }
+#elif DOWN == 1
           bool owned = making && !low && share.owns(k);
           if (owned) bytes += DOWN_BYTES;
           if (low) {
@@ -148,7 +164,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
 #else
           load_box_for_cluster(dst, right, at, tile.col + block * 128, bar);
 #endif
-#if DOWN
+#if DOWN == 1
           if (owned) {
             await_once();
             load_box(stores + ring.stage * DOWN_BYTES, down_map, at, 0, bar);
@@ -277,7 +293,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     };
 
     int index = cluster;
-#if DOWN
+#if DOWN == 1
     for (; index < min(tiles, shares * cluster_rows); index += busy) {
       stored();  // its buffers are for what makes q
       if (lane == 0) barrier_arrive(drained);
@@ -330,7 +346,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
           own_step(Yes{}, stage, turn + count - 1);
           flying = false;
           own_left -= count;
-          if (own_left == 0) finish_down(low, down, flags, share.index, row0, rows, lane);
+          if (own_left == 0) {
+            constexpr int AHEAD = STAGES - 1;  // products to be under way meanwhile
+            if (turn + count + AHEAD <= depth_blocks) {
+              int first = ring.stage;
+#pragma unroll
+              for (int i = 0; i < AHEAD; ++i) begin_step(turn + count + i);
+              finish_down(low, down, flags, share.index, row0, rows, lane);
+              wgmma_wait<0>();
+#pragma unroll
+              for (int i = 0; i < AHEAD; ++i) release((first + i) % STAGES);
+              turn += AHEAD;
+              k += AHEAD;
+            } else {
+              finish_down(low, down, flags, share.index, row0, rows, lane);
+            }
+          }
         } else {
           for (int i = 0; i < count; ++i) {
             int stage = begin_step(turn + i);
@@ -341,7 +372,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
           }
         }
         turn += count;
-        if ((k += count) == depth_blocks) k = 0;
+        if ((k += count) >= depth_blocks) k -= depth_blocks;
       }
       wgmma_wait<0>();
       if (flying) release(previous);

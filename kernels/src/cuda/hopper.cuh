@@ -90,19 +90,24 @@ __device__ __forceinline__ const u32* bits_at(const u32* keep, int row, int col,
   return keep + (((i64)(row >> 5) * groups + (col >> 7)) * 32 + (row & 31)) * 4;
 }
 
+// Of words of `kept_ones`, 4 to the power of i times the i-th of up to eight: bits 2i and 2i + 1 for its halves.
+__device__ __forceinline__ u32 interleaved(u32 ones) { return (ones & 0x5555) | (ones >> 15 & 0xaaaa); }
+
 // The four words of 128 columns whose first Philox block is `block`.
 __device__ __forceinline__ void draw_bits(const Dropout& d, u64 block, u32 (&keep)[4]) {
-  u32 least = 0u - (d.threshold << 16);  // a draw in the high half that is added to this carries iff it is kept
 #pragma unroll
   for (int t = 0; t < 4; ++t) keep[t] = 0;
-#pragma unroll 4
-  for (int j = 15; j >= 0; --j) {
-    Draws draws = philox(d, block + j);
+#pragma unroll 1
+  for (int half = 8; half >= 0; half -= 8) {
+    u32 ones[4] = {};
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      asm("{\n.reg .u32 none;\nadd.cc.u32 none, %1, %2;\naddc.u32 %0, %0, %0;\n}" : "+r"(keep[t]) : "r"(draws.w[t]), "r"(least));
-      asm("{\n.reg .u32 none;\nadd.cc.u32 none, %1, %2;\naddc.u32 %0, %0, %0;\n}" : "+r"(keep[t]) : "r"(draws.w[t] << 16), "r"(least));
+    for (int j = 7; j >= 0; --j) {
+      Draws draws = philox(d, block + half + j);
+#pragma unroll
+      for (int t = 0; t < 4; ++t) ones[t] = 4 * ones[t] + kept_ones(d, draws.w[t]);
     }
+#pragma unroll
+    for (int t = 0; t < 4; ++t) keep[t] = keep[t] << 16 | interleaved(ones[t]);
   }
 }
 

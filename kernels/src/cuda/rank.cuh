@@ -8,17 +8,14 @@ struct Keep {
   // `first` is the Philox block of the thread's draw 0; 8 rows on are `cols` blocks on.
   __device__ __forceinline__ void draw(const Dropout& dropout, u64 first, int i, int cols) {
     Draws draws = philox(dropout, first + (i >> 1) * 4 + (i & 1) * cols);
-    u32 byte = 0, least = dropout.threshold << 16;
+    u32 ones = 0;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      if (draws.w[w] << 16 >= least) byte |= 1 << (2 * w);
-      if (draws.w[w] >= least) byte |= 2 << (2 * w);
-    }
+    for (int w = 3; w >= 0; --w) ones = 4 * ones + kept_ones(dropout, draws.w[w]);
     // A shift register of 16 bytes: after the last draw, draw 0 is the lowest byte.
     bits[0] = __funnelshift_r(bits[0], bits[1], 8);
     bits[1] = __funnelshift_r(bits[1], bits[2], 8);
     bits[2] = __funnelshift_r(bits[2], bits[3], 8);
-    bits[3] = bits[3] >> 8 | byte << 24;
+    bits[3] = bits[3] >> 8 | interleaved(ones) << 24;
   }
 };
 constexpr int DRAWS = TILE_COLS / 32 * 2;

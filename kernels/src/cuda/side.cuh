@@ -23,18 +23,25 @@ constexpr int SIDE_BITS_BYTES = DROPOUT == 2 ? SIDE_WARPS * SIDE_STAGES * BITS_B
 
 __device__ __forceinline__ void side_sync() { asm volatile("bar.sync 3, %0;" ::"n"(SIDE_WARPS * 32) : "memory"); }
 
-// Writes the sums of all rows, of the layout of `store_across`, by `put(rank, column, sum)`.
-template <class Put>
-__device__ __forceinline__ void put_across(const float (&acc)[RANK_STEPS][8][4], const Sum& sum, int col0, int lane, Put put) {
+constexpr int PIECE_BYTES = 8 * BOX_COLS * 4;  // 8 ranks of a warp's columns
+
+// Puts the sums of all rows, which are laid out as for `store_across`, where they belong, through the warp's piece of
+// shared memory: the code for one of them is long.
+__device__ __forceinline__ void put_across(const float (&acc)[RANK_STEPS][8][4], const Sum& sum, int col0, float* piece, int lane) {
 #pragma unroll
-  for (int j = 0; j < RANK_STEPS; ++j)
+  for (int eight = 0; eight < 2 * RANK_STEPS; ++eight) {
 #pragma unroll
     for (int e = 0; e < 8; ++e)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        int rank = j * 16 + (c >> 1) * 8 + (lane >> 2), col = col0 + e * 8 + 2 * (lane & 3) + (c & 1);
-        if (rank < sum.rank && col < sum.cols) put(rank, col, acc[j][e][c]);
-      }
+      *reinterpret_cast<float2*>(piece + (lane >> 2) * BOX_COLS + e * 8 + 2 * (lane & 3)) =
+          make_float2(acc[eight / 2][e][eight % 2 * 2], acc[eight / 2][e][eight % 2 * 2 + 1]);
+    __syncwarp();
+#pragma unroll 4
+    for (int at = lane; at < 8 * BOX_COLS; at += 32) {
+      int row = sum.transpose ? at % 8 : at / BOX_COLS, col = sum.transpose ? at / 8 : at % BOX_COLS;
+      if (eight * 8 + row < sum.rank && col0 + col < sum.cols) sum.put(eight * 8 + row, col0 + col, piece[row * BOX_COLS + col]);
+    }
+    __syncwarp();
+  }
 }
 
 // A unit is 512 columns: 1024 bytes of 32 rows at a time, because single lines would cost the memory too
@@ -67,6 +74,7 @@ __device__ __forceinline__ void side_work(
   u32 ring_bits = shared_address(shared) + SIDE_RING_BYTES + warp * SIDE_STAGES * BITS_BYTES;
   T* q_rows = reinterpret_cast<T*>(shared + SIDE_RING_BYTES + SIDE_BITS_BYTES);  // [Q_ROWS, SIDE_RANK]
   u32 q_address = shared_address(q_rows);
+  float* piece = reinterpret_cast<float*>(q_rows + Q_ROWS * SIDE_RANK) + warp * PIECE_BYTES / 4;
   int segments = (rows + side.segment_rows - 1) / side.segment_rows;
   int chunks = (side.sum0.cols + SIDE_CHUNK - 1) / SIDE_CHUNK + (side.sum1.cols + SIDE_CHUNK - 1) / SIDE_CHUNK;
   int units = side.whole + (chunks - side.whole) * segments;
@@ -123,8 +131,7 @@ __device__ __forceinline__ void side_work(
     }
     const Sum& sum = unit.second ? side.sum1 : side.sum0;
     if (unit.segment >= 0) store_across(acc, 1.f, const_cast<float*>(sum.part) + unit.segment * sum.stride, unit.col0, sum.cols, lane);
-    else if (sum.f32 && !sum.accumulate) put_across(acc, sum, unit.col0, lane, [&](int rank, int col, float v) { static_cast<float*>(sum.grad)[sum.place(rank, col)] = v; });
-    else put_across(acc, sum, unit.col0, lane, [&](int rank, int col, float v) { sum.put(rank, col, v); });
+    else put_across(acc, sum, unit.col0, piece, lane);
   };
 
   side_sync();

@@ -234,19 +234,33 @@ __device__ __forceinline__ bool kept(const Dropout& d, const Draws& draws, int e
   return (draws.w[e >> 1] >> (16 * (e & 1)) & 0xffff) >= d.threshold;
 }
 
-// Zeroes the dropped elements; survivors are scaled later, in f32.
-__device__ __forceinline__ void drop(const Dropout& d, u64 index, Vec& v) {
-  Draws draws = draws_at(d, index);
-  u32 least = d.threshold << 16;
-#pragma unroll
-  for (int e = 0; e < VEC; e += 2) {
-    u32 two = draws.w[e >> 1];
-#if DTYPE == 0
-    if (two << 16 < least) v.w[e] = 0;
-    if (two < least) v.w[e + 1] = 0;
-#else
-    if (two << 16 < least) v.w[e >> 1] &= 0xffff0000u;
-    if (two < least) v.w[e >> 1] &= 0x0000ffffu;
-#endif
-  }
+#if __CUDA_ARCH__ >= 900
+// Of two draws in a word: 1 in the halves that are kept.
+__device__ __forceinline__ u32 kept_ones(const Dropout& d, u32 two) {
+  // How far a draw is above the last that is dropped, but at most 1.
+  u32 last = (d.threshold - 1) * 0x00010001u, less = (1 - d.threshold & 0xffff) * 0x00010001u, ones = 0x00010001u, above;
+  asm("{\n.reg .b32 far;\nmax.u16x2 far, %1, %2;\nadd.u16x2 far, far, %3;\nmin.u16x2 %0, far, %4;\n}" : "=r"(above) : "r"(two), "r"(last), "r"(less), "r"(ones));
+  return above;
 }
+#endif
+// All bits of the halves that are kept.
+__device__ __forceinline__ u32 kept_halves(const Dropout& d, u32 two) {
+#if __CUDA_ARCH__ >= 900
+  return kept_ones(d, two) * 0xffff;
+#else
+  u32 least = d.threshold << 16;
+  return (two << 16 < least ? 0 : 0xffffu) | (two < least ? 0 : 0xffff0000u);
+#endif
+}
+
+// Zeroes the dropped elements; survivors are scaled later, in f32.
+__device__ __forceinline__ void drop(const Dropout& d, const Draws& draws, Vec& v) {
+#pragma unroll
+  for (int w = 0; w < 4; ++w)
+#if DTYPE == 0
+    if (!kept(d, draws, w)) v.w[w] = 0;
+#else
+    v.w[w] &= kept_halves(d, draws.w[w]);
+#endif
+}
+__device__ __forceinline__ void drop(const Dropout& d, u64 index, Vec& v) { drop(d, draws_at(d, index), v); }

@@ -1,0 +1,116 @@
+// Hopper: rows of s[m, j] = scale_j * sum_k D(x)[m, k] * a[j, k], in units of ROWS rows, through the copy engine.
+//
+// The warps of a block split the depth: a team of MEMBERS warps, of 16 * TILES rows each, takes every TEAMS-th 64
+// columns and has a ring of its own, of STAGES boxes of x and of `a`, that is filled far ahead, from unit to unit:
+// drawing a mask waits for no memory. The sums of the teams meet in shared memory in a fixed order. As in shrink.cu,
+// a thread takes the same permuted columns of x and of `a`, whole 16 bytes at a time, which are the elements of one
+// Philox block.
+template <int RANKS, int TILES, int MEMBERS, int TEAMS, int STAGES>
+struct ShrinkRing {
+  static_assert(STAGES >= 2, "a box is to be on its way while another is read");
+  static constexpr int WARPS = TEAMS * MEMBERS, ROWS = 16 * TILES * MEMBERS, NT = RANKS / 8, COLS = 64;
+  static constexpr int X_BYTES = ROWS * 128, STAGE_BYTES = X_BYTES + RANKS * 128, BYTES = TEAMS * STAGES * STAGE_BYTES;
+  static constexpr int SUMS_BYTES = TEAMS * ROWS * RANKS * 4;
+  static constexpr int BARRIERS = 2 * TEAMS * STAGES;
+
+  const TensorMap& x_map;  // [rows, cols], box 64 x ROWS
+  const TensorMap& a_map;  // [ranks, padded cols], box 64 x RANKS
+  int cols, rank0;
+  int lane, team, member, count;  // boxes of this team
+  u32 ring, full, empty;
+  bool loads;
+
+  // Threads are WARPS whole warps; `shared` has BYTES, aligned to 1024, and `barriers` are BARRIERS.
+  __device__ __forceinline__ ShrinkRing(const TensorMap& x_map, const TensorMap& a_map, int cols, int rank0, const void* shared, const u64* barriers)
+      : x_map(x_map), a_map(a_map), cols(cols), rank0(rank0) {
+    int warp = threadIdx.x >> 5, boxes = (cols + COLS - 1) / COLS;
+    lane = threadIdx.x & 31, team = warp / MEMBERS, member = warp % MEMBERS;
+    count = (boxes - team + TEAMS - 1) / TEAMS;
+    ring = shared_address(shared) + team * STAGES * STAGE_BYTES;
+    full = shared_address(barriers) + team * STAGES * 8, empty = full + TEAMS * STAGES * 8;
+    loads = member == 0 && lane == 0;
+  }
+  __device__ __forceinline__ void init_barriers() const {
+    if (!loads) return;
+    for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + 8 * stage, 1), barrier_init(empty + 8 * stage, MEMBERS);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __device__ __forceinline__ int column(int i) const { return (i * TEAMS + team) * COLS; }
+  __device__ __forceinline__ void fetch_x(int unit, int i, int stage) const {
+    barrier_expect(full + 8 * stage, STAGE_BYTES);
+    load_box(ring + stage * STAGE_BYTES, x_map, column(i), unit * ROWS, full + 8 * stage);
+  }
+  __device__ __forceinline__ void fetch_a(int i, int stage) const { load_box(ring + stage * STAGE_BYTES + X_BYTES, a_map, column(i), rank0, full + 8 * stage); }
+  // The first boxes of a unit, that there is room for.
+  __device__ __forceinline__ int first() const { return min(count, STAGES); }
+
+  // Makes every `step`-th unit from `unit` on, whose first boxes are on their way: `put(row, rank, two sums)` for all
+  // of it, then `done(its first row)`. `sums` have SUMS_BYTES, which may be the rings' if there is only one unit.
+  template <bool MASKED, class Put, class Done>
+  __device__ __forceinline__ void run(int unit, int step, int end, float* sums, const Dropout& dropout, Put put, Done done) const {
+    int stage = 0, parity = 0;
+    int ahead_unit = unit, ahead = first();  // the next box to fetch
+    if (ahead == count) ahead_unit += step, ahead = 0;
+    for (; unit < end; unit += step) {
+      int row0 = unit * ROWS;
+      u64 first_draw = ((u64)(row0 + member * TILES * 16 + lane / 4) * cols >> 3) + 2 * (lane & 3);
+      float acc[TILES][NT][4] = {};
+      for (int i = 0; i < count; ++i) {
+        u32 x = ring + stage * STAGE_BYTES + member * TILES * 16 * 128, a = ring + stage * STAGE_BYTES + X_BYTES;
+        barrier_wait(full + 8 * stage, parity);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          Vec xv[TILES][2], av[NT];
+#pragma unroll
+          for (int m = 0; m < TILES; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) xv[m][h] = load_chunk(x, m * 16 + h * 8 + lane / 4, 2 * (lane & 3) + half);
+#pragma unroll
+          for (int n = 0; n < NT; ++n) av[n] = load_chunk(a, n * 8 + lane / 4, 2 * (lane & 3) + half);
+          if (half == 1) {
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + 8 * stage);
+            if (loads && ahead_unit < end) {
+              barrier_wait(empty + 8 * stage, parity);
+              fetch_x(ahead_unit, ahead, stage), fetch_a(ahead, stage);
+              if (++ahead == count) ahead_unit += step, ahead = 0;
+            }
+          }
+#pragma unroll
+          for (int m = 0; m < TILES; ++m) {
+            Vec &lo = xv[m][0], &hi = xv[m][1];
+            if constexpr (MASKED) {
+              u64 draw = first_draw + (u64)m * 2 * cols + (column(i) / 8 + half);
+              drop(dropout, philox(dropout, draw), lo);
+              drop(dropout, philox(dropout, draw + cols), hi);  // 8 rows on
+            }
+#pragma unroll
+            for (int pair = 0; pair < 4; pair += 2)
+#pragma unroll
+              for (int n = 0; n < NT; ++n) mma(acc[m][n], lo.w[pair], hi.w[pair], lo.w[pair + 1], hi.w[pair + 1], av[n].w[pair], av[n].w[pair + 1]);
+          }
+        }
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
+      __syncthreads();  // the sums before, or the ring, are read
+#pragma unroll
+      for (int m = 0; m < TILES; ++m)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            *reinterpret_cast<float2*>(&sums[(team * ROWS + (member * TILES + m) * 16 + h * 8 + lane / 4) * RANKS + n * 8 + 2 * (lane & 3)]) = make_float2(acc[m][n][2 * h], acc[m][n][2 * h + 1]);
+      __syncthreads();
+      for (int at = 2 * threadIdx.x; at < ROWS * RANKS; at += 2 * WARPS * 32) {
+        float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int split = 0; split < TEAMS; ++split) {
+          float2 v = *reinterpret_cast<float2*>(&sums[split * ROWS * RANKS + at]);
+          sum.x += v.x, sum.y += v.y;
+        }
+        put(row0 + at / RANKS, rank0 + at % RANKS, sum);
+      }
+      done(row0);
+    }
+  }
+};
