@@ -346,22 +346,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           own_step(Yes{}, stage, turn + count - 1);
           flying = false;
           own_left -= count;
-          if (own_left == 0) {
-            constexpr int AHEAD = STAGES - 1;  // products to be under way meanwhile
-            if (turn + count + AHEAD <= depth_blocks) {
-              int first = ring.stage;
-#pragma unroll
-              for (int i = 0; i < AHEAD; ++i) begin_step(turn + count + i);
-              finish_down(low, down, flags, share.index, row0, rows, lane);
-              wgmma_wait<0>();
-#pragma unroll
-              for (int i = 0; i < AHEAD; ++i) release((first + i) % STAGES);
-              turn += AHEAD;
-              k += AHEAD;
-            } else {
-              finish_down(low, down, flags, share.index, row0, rows, lane);
-            }
-          }
+          if (own_left == 0) finish_down(low, down, flags, share.index, row0, rows, lane);
         } else {
           for (int i = 0; i < count; ++i) {
             int stage = begin_step(turn + i);
@@ -372,7 +357,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           }
         }
         turn += count;
-        if ((k += count) >= depth_blocks) k -= depth_blocks;
+        if ((k += count) == depth_blocks) k = 0;
       }
       wgmma_wait<0>();
       if (flying) release(previous);

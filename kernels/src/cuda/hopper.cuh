@@ -140,7 +140,12 @@ __device__ __forceinline__ void load_pairs(u32 (&pairs)[2], u32 bits, int i, int
   }
 }
 
-__device__ __forceinline__ u32 masked(u32 two, u32 pair, int tile) { return two & ((pair >> (2 * tile) & 0x00010001u) * 0xffffu); }
+__device__ __forceinline__ u32 masked(u32 two, u32 pair, int tile) {
+  // The bits of tiles `tile` and `tile ^ 4` become the signs of bytes, which fill halves.
+  u32 signs = pair << (7 - 2 * (tile & 3)), keep;
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(keep) : "r"(signs), "r"(tile & 4 ? 0xbb99 : 0xaa88));
+  return two & keep;
+}
 
 // ---- sums ----------------------------------------------------------------------------------------
 // Adds the 16 rows from row 16 * i of a box on.
