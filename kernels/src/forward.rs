@@ -12,11 +12,12 @@ use crate::hopper::Fused;
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
-use crate::making::{Low, MOST_SPARE, Made, Maker};
+use crate::low::{Low, Made, Maker};
 use crate::masking::Masking;
 use crate::path::Path;
 use crate::rows::{Rows, padded_rank};
 use crate::skinny::{RowsMut, Scales};
+use crate::spare;
 
 /// What a forward returns.
 #[derive(Debug)]
@@ -73,7 +74,7 @@ impl Kernels {
         let by = match pre {
             _ if path != Path::Hopper || Dropout::at(linear.dropout, Place::Post).is_some() => None,
             None if launcher.makes_forward(xs, cols) => Some(Maker::FirstTiles),
-            Some(mask) if cols <= MOST_SPARE => Some(Maker::SpareClusters(mask)),
+            Some(mask) if cols <= spare::MOST => Some(Maker::SpareClusters(mask)),
             _ => None,
         };
         if let Some(by) = by {

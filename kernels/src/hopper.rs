@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::gemm::Product;
 use crate::kernels::{Instance, Kernel};
 use crate::launch::{Grid, Launcher, arg};
-use crate::making::{Low, Maker, Tiling};
+use crate::low::{Low, Maker, Tiling};
 use crate::masking::Masking;
 use crate::path::{Path, Preference, Reason};
 use crate::reduce::SumArg;

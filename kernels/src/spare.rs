@@ -1,0 +1,66 @@
+//! Rows of the rank-sized product that the clusters without tiles make, as in spare.cuh.
+
+use crate::hopper::{DEPTH, GROUP, TILE};
+use crate::low::Tiling;
+
+/// Most ranks, by the shared memory they take.
+pub(crate) const MOST: usize = 32;
+/// Rows of a unit.
+pub(crate) const ROWS: usize = 64;
+
+/// Elements of the input of which a block makes the product in a microsecond, drawing the mask: 12,000 to
+/// 12,500 beside full tiles, measured on an H100.
+const ELEMENTS_PER_MICRO: usize = 11_500;
+/// Microseconds that a tile takes for a step of the depth.
+const STEP_MICROS: f64 = 0.7;
+
+/// The first row that the spare blocks can make before a tile awaits it, of an input `[rows, depth]`; whole
+/// tiles of them.
+pub(crate) fn first_row((rows, depth): (usize, usize), tiling: Tiling) -> usize {
+    let rows_per_micro = (tiling.spare * ELEMENTS_PER_MICRO) as f64 / depth as f64;
+    let tile_micros = depth.div_ceil(DEPTH) as f64 * STEP_MICROS;
+    // Tiles are taken in groups of rows; a group awaits the rank at the end of its first tiles.
+    let late = (0..tiling.rows.div_ceil(GROUP)).map(|group| {
+        let wave = group * GROUP * tiling.cols / tiling.busy;
+        let made = rows_per_micro * tile_micros * (wave + 1) as f64;
+        rows.min((group + 1) * GROUP * TILE) as f64 - made
+    });
+    let first = late.fold(0.0, f64::max) as usize;
+    first.next_multiple_of(128).min(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gemm::Product;
+
+    fn first(rows: usize, depth: usize, cols: usize, busy: usize, spare: usize) -> usize {
+        let (rows_of_tiles, cols) = (rows.div_ceil(TILE), cols.div_ceil(TILE));
+        let tiling = Tiling {
+            product: Product::Forward,
+            rows: rows_of_tiles,
+            cols,
+            busy,
+            spare,
+        };
+        first_row((rows, depth), tiling)
+    }
+
+    #[test]
+    fn spare_blocks_make_what_they_have_time_for() {
+        // Alone, they make none; for more columns, of which a tile takes as long, they have longer.
+        assert_eq!(first(8192, 4096, 4096, 64, 0), 8192);
+        assert_eq!(first(8192, 4096, 4096, 64, 4), 4736);
+        assert_eq!(first(8192, 4096, 14336, 64, 4), 1664);
+        // Many make all of it.
+        assert_eq!(first(2048, 4096, 1024, 32, 68), 0);
+        for rows in [1, 127, 128, 129, 300, 5000] {
+            for spare in [0, 2, 4, 100] {
+                let first = first(rows, 520, 512, 2, spare);
+                assert!(first <= rows, "{first} of {rows} rows");
+                let whole = first.is_multiple_of(128);
+                assert!(first == rows || whole, "{first} of {rows} rows");
+            }
+        }
+    }
+}
