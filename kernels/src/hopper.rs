@@ -281,7 +281,7 @@ impl Launcher<'_> {
         ];
         let grid = Grid {
             shared_bytes: SHARED_BYTES,
-            cooperative: down_define > 0 && !streams::is_first(self.stream),
+            cooperative: down_define > 0 && !streams::is_only(self.stream),
             ..Grid::new([(CLUSTER * grid_clusters) as u32, 1, 1], THREADS)
         };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,

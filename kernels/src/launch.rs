@@ -29,7 +29,7 @@ pub(crate) struct Grid {
     pub shared_bytes: usize,
     /// Blocks of a cluster, where the kernel leaves that to the launch.
     pub cluster: Option<u32>,
-    /// Blocks wait for each other, so all of them must run at once.
+    /// Start all blocks at once, or none.
     pub cooperative: bool,
 }
 

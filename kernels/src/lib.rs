@@ -31,8 +31,9 @@
 //! - **Hopper** (compute capability 9.0): one persistent kernel (TMA and wgmma) makes the base product,
 //!   adds bias and the adapter's part in the f32 sums and rounds once. `S` and `dS` are made either by that
 //!   kernel's first tiles, from the input that they read anyway, or in a pass before it (in backward, one
-//!   pass over `dY` for `dS` and `dB`), whichever is expected to cost less; dropout takes the pass, in forward
-//!   for the rows that tiles need first: multiprocessors without tiles make the others meanwhile.
+//!   pass over `dY` for `dS` and `dB`), whichever is expected to cost less; dropout takes the pass (on the
+//!   input, up to rank 32, only for the rows that tiles need first: multiprocessors without tiles make the
+//!   others meanwhile).
 //!   Multiprocessors that the tiles of `dx` leave over make `dA`, and `dB` where no pass has, meanwhile, to
 //!   the end where they have the time; the others help at the end where they do not.
 //! - **Decode** (9.0, forward without dropout, of up to 16 tokens with a rank of at most 64, up to 32 with at
@@ -50,9 +51,9 @@
 //! CUDA toolkit; running it needs the driver, NVRTC and cuBLASLt.
 //!
 //! Tiles that use an `S` made by others wait for it. The first stream of a device that launches such kernels
-//! runs them like any others; on other streams, beside which they might wait for multiprocessors that neither
-//! gives up, the driver starts all their blocks at once or none (a cooperative launch), which costs a few
-//! microseconds.
+//! runs them like any others; on other streams, in graphs and under the Multi-Process Service, where two of
+//! them might wait for multiprocessors that neither gives up, the driver starts all their blocks at once or
+//! none (a cooperative launch), which costs a few microseconds.
 //!
 //! From Hopper on a kernel starts while the one before it in the stream drains (programmatic
 //! dependent launch), if both are of this crate; that needs no care of the caller.

@@ -22,7 +22,7 @@ pub(crate) enum Low<'a, T> {
 }
 
 /// `into = scale · D(input) downᵀ`, made by the launch that reads the input; at most
-/// [`MOST_MADE`](crate::making::MOST_MADE) ranks.
+/// [`MOST_MADE`](crate::making::MOST_MADE) ranks, or [`spare::MOST`].
 pub(crate) struct Made<'a, T> {
     /// `[padded_rank, padded depth]`
     pub down: &'a CudaView<'a, T>,

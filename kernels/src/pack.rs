@@ -5,13 +5,16 @@ use std::ops::Range;
 use cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use crate::element::{DType, Element};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::Kernel;
 use crate::launch::{Grid, Launcher, arg};
 use crate::rows::{padded_rank, padded_width};
 
 /// Matrices of one launch, as in pack.cu.
 const JOBS: usize = 8;
+
+/// Elements of a packed matrix that the kernel can count.
+const MOST: usize = 1 << 33;
 
 /// Where [`Launcher::pack`] takes a matrix from, and its size there and packed.
 pub(crate) struct Source<'a, P> {
@@ -108,6 +111,13 @@ impl Launcher<'_> {
         let mut ranges = Vec::with_capacity(sources.len());
         let mut len = 0;
         for source in sources {
+            if source.len() > MOST {
+                return Err(Error::Shape {
+                    what: "adapter",
+                    expected: format!("at most {MOST} elements, padded"),
+                    found: source.len().to_string(),
+                });
+            }
             ranges.push(len..len + source.len());
             len += source.len();
         }

@@ -14,8 +14,8 @@ const ELEMENTS_PER_MICRO: usize = 11_500;
 /// Microseconds that a tile takes for a step of the depth.
 const STEP_MICROS: f64 = 0.7;
 
-/// The first row that the spare blocks can make before a tile awaits it, of an input `[rows, depth]`; whole
-/// tiles of them.
+/// The first row that the spare blocks can make before a tile awaits it, of an input `[rows, depth]`: a
+/// multiple of 128, or `rows` where they make none.
 pub(crate) fn first_row((rows, depth): (usize, usize), tiling: Tiling) -> usize {
     let rows_per_micro = (tiling.spare * ELEMENTS_PER_MICRO) as f64 / depth as f64;
     let tile_micros = depth.div_ceil(DEPTH) as f64 * STEP_MICROS;

@@ -81,6 +81,25 @@ fn large_layers_match_f64() {
 }
 
 #[test]
+fn large_masked_layers_match_f64() {
+    with_device(|kernels, stream| {
+        // Some rows of S by a pass, the others, unit after unit, by the clusters without tiles.
+        for (tokens, in_features, out_features, rank) in [
+            (8192, 4096, 4096, 16),
+            (8192, 1024, 1024, 16), // fewer boxes than a ring has stages
+            (8192, 512, 2048, 24),
+            (5000, 1096, 2056, 9),
+        ] {
+            let case = Case {
+                dropout: Some(Dropout::new(Place::Pre, 0.3, 42, 17, 5).unwrap()),
+                ..Case::new(tokens, in_features, out_features, rank)
+            };
+            check::<bf16, f32>(kernels, stream, &case);
+        }
+    });
+}
+
+#[test]
 fn few_tokens_match_f64() {
     with_device(|kernels, stream| {
         for tokens in [1, 5, 8, 9, 16, 17, 32, 33, 64] {
@@ -224,6 +243,7 @@ fn the_hopper_path_matches_f64_wherever_it_can_run() {
         (129, 264, 1000, 64),
         (2049, 520, 648, 40),
         (333, 128, 4096, 16),
+        (100, 4096, 512, 16),
         (1000, 14336, 512, 16),
         (300, 512, 768, 128),
         (300, 768, 512, 256),

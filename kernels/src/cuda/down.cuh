@@ -10,7 +10,7 @@ struct Down {
   float* partial;  // [shares, whole clusters of rows, rank]
   int shares, window, delay;
   float scale;
-  int first_row;  // that the clusters without tiles make; a multiple of 128
+  int first_row;  // that the clusters without tiles make; a multiple of 128, or all rows
 };
 
 #if DOWN == 1

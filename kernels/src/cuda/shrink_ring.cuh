@@ -41,16 +41,24 @@ struct ShrinkRing {
     load_box(ring + stage * STAGE_BYTES, x_map, column(i), unit * ROWS, full + 8 * stage);
   }
   __device__ __forceinline__ void fetch_a(int i, int stage) const { load_box(ring + stage * STAGE_BYTES + X_BYTES, a_map, column(i), rank0, full + 8 * stage); }
-  // The first boxes of a unit, that there is room for.
+  // The boxes of one unit, up to those that there is room for.
   __device__ __forceinline__ int first() const { return min(count, STAGES); }
+  // Fetches as many boxes of the units as there is room for.
+  __device__ __forceinline__ void fill(int unit, int step, int end) const {
+    if (!loads || count == 0) return;
+    for (int stage = 0, i = 0; stage < STAGES && unit < end; ++stage) {
+      fetch_x(unit, i, stage), fetch_a(i, stage);
+      if (++i == count) unit += step, i = 0;
+    }
+  }
 
-  // Makes every `step`-th unit from `unit` on, whose first boxes are on their way: `put(row, rank, two sums)` for all
-  // of it, then `done(its first row)`. `sums` have SUMS_BYTES, which may be the rings' if there is only one unit.
+  // Makes every `step`-th unit from `unit` on, after `fill` of them: `put(row, rank, two sums)` for all of one, then
+  // `done(its first row)`. `sums` have SUMS_BYTES, which may be the rings' if there is only one unit.
   template <bool MASKED, class Put, class Done>
   __device__ __forceinline__ void run(int unit, int step, int end, float* sums, const Dropout& dropout, Put put, Done done) const {
     int stage = 0, parity = 0;
-    int ahead_unit = unit, ahead = first();  // the next box to fetch
-    if (ahead == count) ahead_unit += step, ahead = 0;
+    // The next box to fetch.
+    int ahead_unit = count ? unit + STAGES / count * step : end, ahead = count ? STAGES % count : 0;
     for (; unit < end; unit += step) {
       int row0 = unit * ROWS;
       u64 first_draw = ((u64)(row0 + member * TILES * 16 + lane / 4) * cols >> 3) + 2 * (lane & 3);

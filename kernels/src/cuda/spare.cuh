@@ -15,9 +15,9 @@ __device__ __forceinline__ void make_rows(
   await_previous();
   start_next();
   // Whole tiles, which wait for all of their rows.
-  int unit = down.first_row / Rings::ROWS + worker, end = (rows + TILE_ROWS - 1) / TILE_ROWS * (TILE_ROWS / Rings::ROWS);
-  if (rings.loads && unit < end)
-    for (int i = 0; i < rings.first(); ++i) rings.fetch_x(unit, i, i), rings.fetch_a(i, i);
+  auto units = [](int tile_rows) { return (tile_rows + TILE_ROWS - 1) / TILE_ROWS * (TILE_ROWS / Rings::ROWS); };
+  int unit = units(down.first_row) + worker, end = units(rows);
+  rings.fill(unit, workers, end);
   float scale = down.scale * dropout.scale;
   rings.run<true>(unit, workers, end, reinterpret_cast<float*>(shared + Rings::BYTES), dropout, [&](int row, int rank, float2 sum) {
     if (row < rows) *reinterpret_cast<u32*>(down.q + (i64)row * 16 * RANK_STEPS + rank) = pack_halves(scale * sum.x, scale * sum.y);

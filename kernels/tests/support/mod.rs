@@ -146,6 +146,17 @@ impl<T: Real, P: Real> Inputs<T, P> {
 
     /// Forward and backward on the device, memory poisoned before.
     pub fn on_device(&self, kernels: &Kernels, stream: &Arc<CudaStream>, case: &Case) -> Results {
+        self.last_on_device(kernels, stream, case, 1)
+    }
+
+    /// The last of `times` forwards and backwards, which are not awaited one by one.
+    pub fn last_on_device(
+        &self,
+        kernels: &Kernels,
+        stream: &Arc<CudaStream>,
+        case: &Case,
+        times: usize,
+    ) -> Results {
         let put = |v: &Vec<T>| stream.clone_htod(v).unwrap();
         let (xs, dys, weight, bias) = (
             put(&self.xs),
@@ -153,15 +164,16 @@ impl<T: Real, P: Real> Inputs<T, P> {
             put(&self.weight),
             put(&self.bias),
         );
-        let (a, b) = (
-            stream.clone_htod(&self.a).unwrap(),
-            stream.clone_htod(&self.b).unwrap(),
-        );
+        let behind = |v: &[P]| {
+            let before = vec![P::of(f32::NAN); case.offset];
+            stream.clone_htod(&[&before, v].concat()).unwrap()
+        };
+        let (a, b) = (behind(&self.a), behind(&self.b));
         let linear = LoraLinear {
             weight: weight.as_view(),
             bias: case.bias.then(|| bias.as_view()),
-            a: a.as_view(),
-            b: b.as_view(),
+            a: a.slice(case.offset..),
+            b: b.slice(case.offset..),
             in_features: case.in_features,
             out_features: case.out_features,
             rank: case.rank,
@@ -177,25 +189,30 @@ impl<T: Real, P: Real> Inputs<T, P> {
         };
         let xs = rows(xs.slice(case.offset..), case.in_features);
         let dys = rows(dys.slice(case.offset..), case.out_features);
+        let run = || {
+            let forward = kernels.forward(stream, &xs, &linear).unwrap();
+            if times == 1 {
+                poison(stream, case);
+            }
+            let saved = &forward.saved;
+            let wanted = InputGradient::Wanted;
+            let gradients = kernels
+                .backward(stream, &xs, &dys, saved, &linear, wanted)
+                .unwrap();
+            (forward.ys, gradients)
+        };
         poison(stream, case);
-        let forward = kernels.forward(stream, &xs, &linear).unwrap();
-        poison(stream, case);
+        for _ in 1..times {
+            run();
+        }
+        let (ys, gradients) = run();
         let Gradients {
             xs: dxs,
             a: da,
             b: db,
-        } = kernels
-            .backward(
-                stream,
-                &xs,
-                &dys,
-                &forward.saved,
-                &linear,
-                InputGradient::Wanted,
-            )
-            .unwrap();
+        } = gradients;
         Results {
-            ys: read(stream, &forward.ys),
+            ys: read(stream, &ys),
             dxs: read(stream, &dxs.unwrap()),
             da: read(stream, &da),
             db: read(stream, &db),
