@@ -147,6 +147,7 @@ impl Launcher<'_> {
             ],
         };
         let function = self.kernels.function(instance.clone(), SHARED_BYTES)?;
+        let only = down_define == 0 || streams::is_only(self.stream)?;
 
         let (cluster_rows, cluster_cols) = (rows.div_ceil(TILE), cols.div_ceil(TILE));
         let tiles = cluster_rows * cluster_cols;
@@ -281,7 +282,7 @@ impl Launcher<'_> {
         ];
         let grid = Grid {
             shared_bytes: SHARED_BYTES,
-            cooperative: down_define > 0 && !streams::is_only(self.stream),
+            cooperative: low.awaited && !only,
             ..Grid::new([(CLUSTER * grid_clusters) as u32, 1, 1], THREADS)
         };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,

@@ -64,6 +64,8 @@ pub(crate) struct LowArg<'a> {
     pub mask: Option<Mask>,
     pub q_at: u64,
     pub q_stride: usize,
+    /// Whether blocks wait for others that make it.
+    pub awaited: bool,
     _partial: Option<CudaSlice<f32>>,
     _guards: (SyncOnDrop<'a>, Option<SyncOnDrop<'a>>),
 }
@@ -96,6 +98,7 @@ impl Launcher<'_> {
                     mask: None,
                     q_at,
                     q_stride: q.stride,
+                    awaited: false,
                     _partial: None,
                     _guards: (guard, None),
                 });
@@ -167,6 +170,10 @@ impl Launcher<'_> {
             mask,
             q_at,
             q_stride: ranks,
+            awaited: match by {
+                Maker::FirstTiles => true,
+                Maker::SpareClusters(_) => (arg.first_row as usize) < rows,
+            },
             _partial: partial,
             _guards: (guard, Some(down_guard)),
         })

@@ -3,19 +3,21 @@
 use std::collections::HashMap;
 use std::env;
 use std::path::PathBuf;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, ThreadId};
 
 use cudarc::driver::CudaStream;
 use cudarc::driver::sys::CUstreamCaptureStatus;
 
+use crate::error::{Error, Result};
 use crate::kernels::lock;
 
-/// A stream, with its thread if it is the per-thread stream, whose handle means another one in each.
-type Key = (usize, Option<ThreadId>);
-
-/// `CU_STREAM_PER_THREAD`
+/// `CU_STREAM_PER_THREAD`, a handle that means another stream in each thread.
 const PER_THREAD: usize = 2;
+
+/// The stream of a device that asked first, with its thread if it is the per-thread stream. It is kept, for the
+/// handle of a stream that is gone could be given to another while its last kernel runs.
+type First = (Arc<CudaStream>, Option<ThreadId>);
 
 /// Whether a kernel on `stream` whose blocks wait for each other ends without being started as a whole.
 ///
@@ -25,17 +27,21 @@ const PER_THREAD: usize = 2;
 /// drains. One stream can do without: what it waits for are kernels that end by themselves, or were started
 /// as a whole. That is the stream that asks first on its device, unless it records a graph, which may run on
 /// any other, or the card is shared with other processes, of which each has a first stream.
-pub(crate) fn is_only(stream: &CudaStream) -> bool {
-    static FIRST: OnceLock<Mutex<HashMap<usize, Key>>> = OnceLock::new();
-    let idle = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-    if card_is_shared() || stream.capture_status().is_ok_and(|status| status != idle) {
-        return false;
+pub(crate) fn is_only(stream: &Arc<CudaStream>) -> Result<bool> {
+    static FIRST: OnceLock<Mutex<HashMap<usize, First>>> = OnceLock::new();
+    let status = stream
+        .capture_status()
+        .map_err(Error::driver("query of a stream"))?;
+    if card_is_shared() || status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+        return Ok(false);
     }
-    let handle = stream.cu_stream() as usize;
-    let thread = (handle == PER_THREAD).then(|| thread::current().id());
-    let key = (handle, thread);
+    let handle = stream.cu_stream();
+    let thread = (handle as usize == PER_THREAD).then(|| thread::current().id());
     let mut first = lock(FIRST.get_or_init(Mutex::default));
-    *first.entry(stream.context().ordinal()).or_insert(key) == key
+    let (kept, its_thread) = first
+        .entry(stream.context().ordinal())
+        .or_insert_with(|| (stream.clone(), thread));
+    Ok(kept.cu_stream() == handle && *its_thread == thread)
 }
 
 /// Whether NVIDIA's Multi-Process Service runs here: the driver looks for its pipe at the same place.

@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::thread;
+use std::{iter, thread};
 
 use half::bf16;
 use lora_kernels::{Dropout, Kernels, Place, Preference};
@@ -13,6 +13,7 @@ use support::{Case, Inputs, device};
 fn streams_end_beside_each_other_and_give_what_each_gives_alone() {
     let Some(context) = device() else { return };
     let kernels = Kernels::new(&context).unwrap().prefer(Preference::Hopper);
+    let first = context.new_stream().unwrap(); // the only one whose kernels are launched like any others
     let undropped = Case::new(2048, 1000, 2048, 16); // fills a card
     let dropout = Some(Dropout::new(Place::Pre, 0.1, 7, 1, 2).unwrap());
     for case in [
@@ -23,13 +24,10 @@ fn streams_end_beside_each_other_and_give_what_each_gives_alone() {
         },
     ] {
         let inputs = Inputs::<bf16, f32>::new(&case);
-        let first = context.new_stream().unwrap();
         let alone = inputs.on_device(&kernels, &first, &case);
         thread::scope(|scope| {
-            for stream in [first]
-                .into_iter()
-                .chain((0..5).map(|_| context.new_stream().unwrap()))
-            {
+            let others = (0..5).map(|_| context.new_stream().unwrap());
+            for stream in iter::once(first.clone()).chain(others) {
                 let (inputs, kernels, case, alone) = (&inputs, &kernels, &case, &alone);
                 scope.spawn(move || {
                     let last = inputs.last_on_device(kernels, &stream, case, 300);

@@ -23,7 +23,7 @@ struct Flags {
   __device__ __forceinline__ u32* unit() const { return words; }
   // Parts of q that are there, for every 16 rows.
   __device__ __forceinline__ u32* parts(int row) const { return words + 1 + row / 16; }
-  // Sixteenths of q that are there, for every 128 rows.
+  // Sixteens of rows of q that are there, for every 128 rows.
   __device__ __forceinline__ u32* ready(int row) const { return words + 1 + cluster_rows * 16 + row / 128; }
 };
 constexpr int READY = 8;  // warps of 16 rows

@@ -1,4 +1,4 @@
-// Hopper: rows of s[m, j] = scale_j * sum_k D(x)[m, k] * a[j, k], in units of ROWS rows, through the copy engine.
+// Hopper: rows of sum_k D(x)[m, k] * a[j, k], in units of ROWS rows, through the copy engine; the caller scales them.
 //
 // The warps of a block split the depth: a team of MEMBERS warps, of 16 * TILES rows each, takes every TEAMS-th 64
 // columns and has a ring of its own, of STAGES boxes of x and of `a`, that is filled far ahead, from unit to unit:
@@ -14,7 +14,7 @@ struct ShrinkRing {
   static constexpr int BARRIERS = 2 * TEAMS * STAGES;
 
   const TensorMap& x_map;  // [rows, cols], box 64 x ROWS
-  const TensorMap& a_map;  // [ranks, padded cols], box 64 x RANKS
+  const TensorMap& a_map;  // [ranks, cols or padded cols], box 64 x RANKS
   int cols, rank0;
   int lane, team, member, count;  // boxes of this team
   u32 ring, full, empty;
@@ -52,8 +52,9 @@ struct ShrinkRing {
     }
   }
 
-  // Makes every `step`-th unit from `unit` on, after `fill` of them: `put(row, rank, two sums)` for all of one, then
-  // `done(its first row)`. `sums` have SUMS_BYTES, which may be the rings' if there is only one unit.
+  // Makes every `step`-th unit from `unit` on, after `fill` of them or, where there is only one, its `first` boxes:
+  // `put(row, rank, two sums)` for all of one, then `done(its first row)`. `sums` have SUMS_BYTES, which may be the rings'
+  // if there is only one unit.
   template <bool MASKED, class Put, class Done>
   __device__ __forceinline__ void run(int unit, int step, int end, float* sums, const Dropout& dropout, Put put, Done done) const {
     int stage = 0, parity = 0;

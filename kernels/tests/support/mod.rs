@@ -386,7 +386,7 @@ pub fn check<T: Real, P: Real>(kernels: &Kernels, stream: &Arc<CudaStream>, case
         );
         assert!(a == b, "{name} differs between two runs: {case:?}");
     }
-    let stride = (case.tokens / 8).max(1);
+    let stride = (case.tokens.saturating_sub(1) / 8).max(1); // to one of the last rows
     let expected = inputs.reference(case, stride);
     let sample = |v: &[f64], cols: usize| -> Vec<f64> {
         (0..case.tokens)
