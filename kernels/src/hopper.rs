@@ -123,13 +123,7 @@ impl Launcher<'_> {
         if rows == 0 {
             return Ok(Parts::default());
         }
-        let (rank, down_define) = match &q {
-            Low::Given(q) => (q.cols, 0),
-            Low::Made(made) => match made.by {
-                Maker::FirstTiles => (made.ranks, 1),
-                Maker::SpareClusters(_) => (made.ranks, 2),
-            },
-        };
+        let (rank, maker) = (q.ranks(), q.maker());
         let side_a = side.as_ref().and_then(|side| side.a);
         let side_b = side.as_ref().and_then(|side| side.b);
         let before = side.as_ref().and_then(|side| side.before.as_ref());
@@ -142,12 +136,12 @@ impl Launcher<'_> {
                 ("BACKWARD", u32::from(!forward)),
                 ("DROPOUT", masking.define()),
                 ("RANK_STEPS", ((rank - 1) % DEPTH / 16 + 1) as u32),
-                ("DOWN", down_define),
+                ("DOWN", maker.map_or(0, Maker::define)),
                 ("SIDE", u32::from(has_side)),
             ],
         };
         let function = self.kernels.function(instance.clone(), SHARED_BYTES)?;
-        let only = down_define == 0 || streams::is_only(self.stream)?;
+        let only = maker.is_none() || streams::is_only(self.stream)?;
 
         let (cluster_rows, cluster_cols) = (rows.div_ceil(TILE), cols.div_ceil(TILE));
         let tiles = cluster_rows * cluster_cols;
@@ -160,7 +154,7 @@ impl Launcher<'_> {
             self.active_clusters(&function, whole)
         })?;
         let busy = side::busy(tiles, clusters);
-        let grid_clusters = if has_side || down_define == 2 {
+        let grid_clusters = if has_side || matches!(maker, Some(Maker::SpareClusters(_))) {
             clusters
         } else {
             busy

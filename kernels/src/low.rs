@@ -43,6 +43,32 @@ pub(crate) enum Maker {
     SpareClusters(Mask),
 }
 
+impl<T> Low<'_, T> {
+    pub fn ranks(&self) -> usize {
+        match self {
+            Self::Given(q) => q.cols,
+            Self::Made(made) => made.ranks,
+        }
+    }
+
+    pub fn maker(&self) -> Option<Maker> {
+        match self {
+            Self::Given(_) => None,
+            Self::Made(made) => Some(made.by),
+        }
+    }
+}
+
+impl Maker {
+    /// The `DOWN` option of the kernel, which is 0 without a maker.
+    pub fn define(self) -> u32 {
+        match self {
+            Self::FirstTiles => 1,
+            Self::SpareClusters(_) => 2,
+        }
+    }
+}
+
 /// Tiles of a launch, as clusters take them.
 #[derive(Clone, Copy)]
 pub(crate) struct Tiling {
@@ -135,6 +161,7 @@ impl Launcher<'_> {
             }
             Maker::SpareClusters(drawn) => {
                 let first = match self.kernels.preference() {
+                    // Small layers take this way too: half for the pass, half for the clusters.
                     Preference::Hopper if tiling.spare > 0 => (rows / 2).next_multiple_of(128),
                     _ => spare::first_row((rows, depth), tiling),
                 };

@@ -10,8 +10,8 @@ use crate::sweep;
 /// Most ranks that a launch can make the rank-sized product of, or gradients of the adapter beside.
 pub(crate) const MOST_MADE: usize = 64;
 
-/// Microseconds that making S and dS adds to a product, measured on an H200; in backward with what it
-/// takes until the side work of all blocks is under way.
+/// Microseconds that making S and dS adds to a product, measured on an H200 with cooperative launches; in
+/// backward with what it takes until the side work of all blocks is under way.
 const MAKING_FORWARD: f64 = 12.0;
 const MAKING_BACKWARD: f64 = 20.0;
 /// Microseconds of a pass besides the reading.

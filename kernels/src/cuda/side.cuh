@@ -1,6 +1,6 @@
 // Hopper: gradients of the adapter beside the product, by the clusters that have no tiles and, where those
 // cannot make all of it, by the others when they are done with theirs.
-// Options: SIDE 1 = there are some; DROPOUT 2 = the second z is masked; RANK_STEPS; DOWN.
+// Options: SIDE 1 = there are some; DROPOUT 2 = the second z is masked; RANK_STEPS; DOWN 0 or 1.
 
 // grad[rank, cols] (+)= qᵀ · z, for up to two z [rows, cols], in units of SIDE_CHUNK columns. With DROPOUT the second
 // z is masked like the output, and q holds the scale; with DOWN its q is made by this launch. The first units have all
