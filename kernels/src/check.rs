@@ -158,15 +158,13 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
                 (1, 0, 1),
                 (1, 1, 0),
             ] {
-                let most = match (down, bits) {
-                    (0, _) => sweep::ONE,
-                    (_, 1) => sweep::DRAWING,
-                    _ => sweep::both(dropout == 1),
-                };
-                if ranks as usize <= most {
-                    let options = [("DROPOUT", dropout), ("RT", ranks)];
+                for pairs in [1, sweep::most_pairs(ranks as usize) as u32] {
+                    let options = [("DROPOUT", dropout), ("RT", ranks), ("PAIRS", pairs)];
                     let products = [("DOWN", down), ("BITS", bits)];
-                    all.push((Kernel::Sweep, [base, options, products].concat()));
+                    all.push((
+                        Kernel::Sweep,
+                        [&base[..], &options[..], &products[..]].concat(),
+                    ));
                 }
             }
         }

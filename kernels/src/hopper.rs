@@ -15,7 +15,6 @@ use crate::reduce::SumArg;
 use crate::rows::{Rows, padded_width};
 use crate::side::{self, Parts, SideArg, SideWork, Units};
 use crate::skinny::Partial;
-use crate::streams;
 use crate::tensor_map::TensorMap;
 
 // As in gemm.cu.
@@ -141,7 +140,6 @@ impl Launcher<'_> {
             ],
         };
         let function = self.kernels.function(instance.clone(), SHARED_BYTES)?;
-        let only = maker.is_none() || streams::is_only(self.stream)?;
 
         let (cluster_rows, cluster_cols) = (rows.div_ceil(TILE), cols.div_ceil(TILE));
         let tiles = cluster_rows * cluster_cols;
@@ -194,7 +192,7 @@ impl Launcher<'_> {
             side_a.map_or(0, |(xs, _)| xs.cols),
         );
         let blocks = CLUSTER * grid_clusters;
-        let beside = side::beside(spare, w_rows, w_cols);
+        let beside = side::beside(spare, (w_rows, w_cols), rank);
         let units = Units::new((rows, [b_cols, a_cols], rank), (blocks, spare), beside);
         let segments = rows.div_ceil(units.segment_rows);
         let a_first = units.whole_cols(b_cols.div_ceil(side::CHUNK), a_cols);
@@ -276,7 +274,7 @@ impl Launcher<'_> {
         ];
         let grid = Grid {
             shared_bytes: SHARED_BYTES,
-            cooperative: low.awaited && !only,
+            waits: low.awaited,
             ..Grid::new([(CLUSTER * grid_clusters) as u32, 1, 1], THREADS)
         };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,

@@ -101,7 +101,7 @@ impl Kernel {
                     "shrink_ring.cuh"
                 )
             }
-            Self::Sweep => with_hopper!("sweep.cu"),
+            Self::Sweep => joined!("sweep.cu", "tile.cuh", "hopper.cuh", "wgmma.cuh"),
             Self::Bits => with_hopper!("bits.cu"),
             Self::Gemm => joined!(
                 "gemm.cu",

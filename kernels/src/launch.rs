@@ -14,6 +14,7 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::kernels::{Instance, Kernel, Kernels};
 use crate::rows::Rows;
+use crate::streams;
 
 /// The launches of one call, with their stream.
 pub(crate) struct Launcher<'a> {
@@ -29,8 +30,8 @@ pub(crate) struct Grid {
     pub shared_bytes: usize,
     /// Blocks of a cluster, where the kernel leaves that to the launch.
     pub cluster: Option<u32>,
-    /// Start all blocks at once, or none.
-    pub cooperative: bool,
+    /// Whether blocks wait for others of the launch, so that all have to come to run.
+    pub waits: bool,
 }
 
 impl Grid {
@@ -40,7 +41,7 @@ impl Grid {
             threads,
             shared_bytes: 0,
             cluster: None,
-            cooperative: false,
+            waits: false,
         }
     }
 
@@ -118,7 +119,8 @@ impl Launcher<'_> {
             early.value.programmaticStreamSerializationAllowed = 1;
             config.numAttrs += 1;
         }
-        if grid.cooperative {
+        let alone = streams::alone(self.stream)?;
+        if grid.waits && alone.is_none() {
             let together = &mut attributes[config.numAttrs as usize];
             together.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
             together.value.cooperative = 1;
@@ -136,7 +138,9 @@ impl Launcher<'_> {
             )
         }
         .result()
-        .map_err(Error::driver(call))
+        .map_err(Error::driver(call))?;
+        drop(alone);
+        Ok(())
     }
 
     /// Clusters of `grid` that the card holds at once.

@@ -50,10 +50,12 @@
 //! `$LORA_KERNELS_CACHE` or the user's cache folder. Building this crate needs neither a GPU nor a
 //! CUDA toolkit; running it needs the driver, NVRTC and cuBLASLt.
 //!
-//! Tiles that use an `S` made by others wait for it. The first stream of a device that launches such kernels
-//! runs them like any others; on other streams, in graphs and under the Multi-Process Service, where two of
-//! them might wait for multiprocessors that neither gives up, the driver starts all their blocks at once or
-//! none (a cooperative launch), which costs a few microseconds.
+//! Tiles that use an `S` made by others wait for it. As long as one stream of a device launches kernels of this
+//! crate, it launches such kernels like any others. Once another stream does, which then awaits the first once, and
+//! in graphs and under the Multi-Process Service, two of them might wait for multiprocessors that neither gives up:
+//! there the driver starts all their blocks at once or none (a cooperative launch), which costs a few microseconds.
+//! A program that launches other libraries' cooperative kernels beside should let a second stream launch one of
+//! this crate's first.
 //!
 //! From Hopper on a kernel starts while the one before it in the stream drains (programmatic
 //! dependent launch), if both are of this crate; that needs no care of the caller.

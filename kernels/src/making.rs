@@ -1,11 +1,11 @@
 //! Where the rank-sized products are better made by the first tiles of the Hopper kernel.
 
+use crate::element::Element;
 use crate::hopper::{CLUSTER, TILE};
 use crate::launch::Launcher;
 use crate::path::Preference;
 use crate::rows::Rows;
 use crate::side::{beside, busy};
-use crate::sweep;
 
 /// Most ranks that a launch can make the rank-sized product of, or gradients of the adapter beside.
 pub(crate) const MOST_MADE: usize = 64;
@@ -35,7 +35,12 @@ impl Launcher<'_> {
 
     /// Whether dS is better made by the product's first tiles, and both gradients of the adapter beside,
     /// than dS and the gradient of B in one pass over `dys` before.
-    pub fn makes_backward<T>(&self, dys: &Rows<T>, in_features: usize, ranks: usize) -> bool {
+    pub fn makes_backward<T: Element>(
+        &self,
+        dys: &Rows<T>,
+        in_features: usize,
+        ranks: usize,
+    ) -> bool {
         if self.kernels.preference() == Preference::Hopper {
             return ranks <= MOST_MADE;
         }
@@ -44,13 +49,13 @@ impl Launcher<'_> {
         let clusters = self.kernels.multiprocessors() / CLUSTER;
         let spare = CLUSTER * (clusters - busy(tiles, clusters).min(clusters));
         // Columns that the clusters without tiles read meanwhile; the rest waits for the tiles.
-        let beside = beside(spare, out_features, in_features);
+        let beside = beside(spare, (out_features, in_features), ranks);
         let rest = |width: usize| micros(rows, width.saturating_sub(beside));
         let made = MAKING_BACKWARD + rest(out_features + in_features);
         let swept = SWEEP_START + micros(rows, out_features) + rest(in_features);
         self.makes_at_once(rows)
             && ranks <= MOST_MADE
-            && (ranks > sweep::both(false) || made < swept)
+            && (ranks > 32 || !self.sweeps(dys, ranks, true) || made < swept)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::kernels::Kernel;
 use crate::launch::{Grid, Launcher, arg, grid_x};
 use crate::masking::Masking;
 use crate::rows::{Rows, padded_width};
-use crate::sweep::{self, Down};
+use crate::sweep::Down;
 
 /// Factors of the columns of S and dS, one for every 16 of them; as in tile.cuh.
 #[derive(Clone, Copy)]
@@ -128,10 +128,8 @@ impl Launcher<'_> {
         q: &Rows<T>,
         mask: Option<Mask>,
     ) -> Result<Option<Partial>> {
-        let sweeps = self.sweeps(z, q.cols, sweep::both(mask.is_some()));
-        if (!sweeps || q.cols > sweep::DRAWING)
-            && let Some(bits) = down.bits.take()
-        {
+        let sweeps = self.sweeps(z, q.cols, true);
+        if !sweeps && let Some(bits) = down.bits.take() {
             self.draw(bits)?;
         }
         if sweeps {
@@ -196,7 +194,7 @@ impl Launcher<'_> {
 
     /// Partial sums of `qᵀ D(z)`: `[splits, q.cols, z.cols]`, to be added up by [`Self::reduce`].
     pub fn outer<T: Element>(&self, z: &Rows<T>, q: &Rows<T>, masking: Masking) -> Result<Partial> {
-        if self.sweeps(z, q.cols, sweep::ONE) {
+        if self.sweeps(z, q.cols, false) {
             return self.sweep(z, q, None, masking);
         }
         let (padded, mask) = (q.cols, masking.mask());

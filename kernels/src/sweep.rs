@@ -5,31 +5,30 @@ use cudarc::driver::{CudaView, DevicePtr, DevicePtrMut};
 use crate::element::{DType, Element};
 use crate::error::Result;
 use crate::kernels::{Instance, Kernel};
-use crate::launch::{Grid, Launcher, arg};
+use crate::launch::{Grid, Launcher, arg, grid_x};
 use crate::masking::{Bits, BitsArg, Masking};
 use crate::rows::{Rows, padded_width};
 use crate::skinny::{Partial, RowsMut, Scales};
 use crate::tensor_map::TensorMap;
 
 // As in sweep.cu.
-const BOX_ROWS: usize = 32;
-const CHUNK: usize = 512;
-const WARPS: usize = 8;
-const BOX_BYTES: usize = 32 * 64 * 2;
-const BITS_BYTES: usize = 32 * 16;
-/// Warps that draw bits.
-const BITS_WARPS: usize = 4;
-/// Dynamic shared memory that a block may have, less what the kernel declares itself.
-const SHARED_LIMIT: usize = 226 * 1024;
-const LARGEST_GROUP: usize = 8;
+const STRIP: usize = 64;
+const LOAD_ROWS: usize = 16;
+const TILE_COLS: usize = 64;
+const SHARED_BYTES: usize = 226 << 10;
+const MOST_GROUP: usize = 8;
 
-/// Most ranks of the partial sums alone.
-pub(crate) const ONE: usize = 64;
-/// Most ranks of both products and drawing bits on the way, by the registers they take.
-pub(crate) const DRAWING: usize = 16;
-/// Most ranks of both products, by the registers they take.
-pub(crate) const fn both(masked: bool) -> usize {
-    if masked { 16 } else { 32 }
+/// Most ranks.
+pub(crate) const MOST: usize = 64;
+
+/// Most pairs of tiles in a row of a block, by the registers that a warpgroup has for the sums of one of each.
+pub(crate) const fn most_pairs(ranks: usize) -> usize {
+    if ranks == 16 { 14 } else { 256 / ranks }
+}
+
+/// How many warpgroups load and draw, beside the two that multiply.
+const fn service(ranks: usize, draws: bool) -> usize {
+    if draws && ranks == 16 { 2 } else { 1 }
 }
 
 /// `s[rows, ranks] = scales · D(z) pᵀ`, and bits to draw on the way.
@@ -42,13 +41,15 @@ pub(crate) struct Down<'a, 'b, T> {
 }
 
 impl Launcher<'_> {
-    /// Whether [`Self::sweep`] can run on `z` with up to `most` padded ranks.
-    pub fn sweeps<T: Element>(&self, z: &Rows<T>, ranks: usize, most: usize) -> bool {
+    /// Whether [`Self::sweep`] can run on `z` with `ranks` padded ranks, for one product or both.
+    pub fn sweeps<T: Element>(&self, z: &Rows<T>, ranks: usize, both: bool) -> bool {
         self.kernels.arch() == "sm_90a"
             && T::DTYPE != DType::F32
-            && ranks <= most
+            && ranks <= MOST
             && z.rows > 0
+            && z.cols > 0
             && self.aligned(z)
+            && (!both || Columns::new(z.cols, ranks).group <= MOST_GROUP)
     }
 
     /// One pass over `z` for partial sums of `qᵀ D(z)`, and for `down`.
@@ -60,6 +61,8 @@ impl Launcher<'_> {
         masking: Masking,
     ) -> Result<Partial> {
         let ranks = q.cols;
+        let draws = down.as_ref().is_some_and(|down| down.bits.is_some());
+        let Columns { group, pairs } = Columns::new(z.cols, ranks);
         let instance = Instance {
             kernel: Kernel::Sweep,
             defines: vec![
@@ -67,45 +70,48 @@ impl Launcher<'_> {
                 ("ALIGNED", 1),
                 ("DROPOUT", masking.define()),
                 ("RT", ranks as u32),
+                ("PAIRS", pairs as u32),
                 ("DOWN", u32::from(down.is_some())),
-                (
-                    "BITS",
-                    u32::from(down.as_ref().is_some_and(|d| d.bits.is_some())),
-                ),
+                ("BITS", u32::from(draws)),
             ],
         };
-        let draws = down.as_ref().is_some_and(|down| down.bits.is_some());
-        let warps = WARPS + if draws { BITS_WARPS } else { 0 };
-        let shared = Shared::new(ranks, down.is_some(), masking.bits().is_some());
-        let function = self.kernels.function(instance.clone(), SHARED_LIMIT)?;
-        let group = group(z.cols.div_ceil(CHUNK));
+        let function = self.kernels.function(instance.clone(), SHARED_BYTES)?;
+        let threads = 128 * (2 + service(ranks, draws));
         let mut grid = Grid {
-            shared_bytes: SHARED_LIMIT,
-            cluster: (down.is_some() && group > 1).then_some(group as u32),
-            ..Grid::new([group as u32, 1, 1], 32 * warps as u32)
+            shared_bytes: SHARED_BYTES,
+            cluster: down.is_some().then_some(group as u32),
+            ..Grid::new([group as u32, 1, 1], threads as u32)
         };
         let groups = match grid.cluster {
             Some(size) => self
                 .kernels
                 .clusters(&instance, size, || self.active_clusters(&function, grid))?,
-            None => self.kernels.multiprocessors() / group,
+            None => (self.kernels.multiprocessors() / group).max(1),
         };
-        let block_rows = shared.block_rows(z.rows, groups);
+        let whole = if masking.bits().is_some() { 32 } else { 16 };
+        let block_rows = z.rows.div_ceil(groups).next_multiple_of(whole);
         let blocks = z.rows.div_ceil(block_rows);
-        grid.blocks[0] = (group * groups.min(blocks)) as u32;
-        grid.shared_bytes = shared.bytes(block_rows);
+        grid.blocks[0] = grid_x(group * blocks)?;
 
         let mut part = self.alloc::<f32>("partial gradients", blocks * ranks * z.cols)?;
         let (part_at, part_guard) = part.device_ptr_mut(self.stream);
         let (z_at, _z) = z.data.device_ptr(self.stream);
-        let z_map = TensorMap::new::<T>(z_at, (z.rows, z.cols, z.stride), BOX_ROWS)?;
+        let z_map = TensorMap::new::<T>(z_at, (z.rows, z.cols, z.stride), LOAD_ROWS)?;
+        let (q_at, _q) = q.data.device_ptr(self.stream);
+        let q_map = TensorMap::narrow::<T>(q_at, (q.rows, ranks, q.stride), STRIP)?;
         let (no_scales, lds) = (
             Scales::all(1.0),
             down.as_ref().map_or(0, |d| d.s.stride as i32),
         );
         let scales = down.as_ref().map_or(&no_scales, |down| down.scales);
         let p = down.as_ref().map(|down| down.p.device_ptr(self.stream));
-        let p_at = p.as_ref().map_or(0, |(at, _)| *at);
+        let p_map = match &p {
+            Some((at, _)) => {
+                let width = padded_width(z.cols);
+                TensorMap::new::<T>(*at, (ranks, width, width), ranks)?
+            }
+            None => z_map,
+        };
         let (s, drawn) = match down {
             Some(Down { s, bits, .. }) => (Some(s), bits),
             None => (None, None),
@@ -120,21 +126,17 @@ impl Launcher<'_> {
             (None, Some(bits)) => bits.arg(bits.keep().device_ptr(self.stream).0),
             (None, None) => BitsArg::default(),
         };
-        let (q_at, _q) = q.data.device_ptr(self.stream);
-        let (rows, cols, ldp) = (z.rows as i32, z.cols as i32, padded_width(z.cols) as i32);
-        let ldq = q.stride as i32;
+        let (rows, cols) = (z.rows as i32, z.cols as i32);
         let (block_rows, group) = (block_rows as i32, group as i32);
         let mask = masking.mask().unwrap_or_default();
         let args = [
             arg(&z_map),
-            arg(&p_at),
-            arg(&q_at),
+            arg(&p_map),
+            arg(&q_map),
             arg(&s_at),
             arg(&part_at),
             arg(&rows),
             arg(&cols),
-            arg(&ldp),
-            arg(&ldq),
             arg(&lds),
             arg(&block_rows),
             arg(&group),
@@ -142,9 +144,9 @@ impl Launcher<'_> {
             arg(&mask),
             arg(&bits),
         ];
-        // SAFETY: arguments in the order of sweep.cu; `z` passed `Rows::check` and the map clips loads
-        // to it, `p` is packed, `q` and `s` have a padded row for every row of `z`, and `part` holds
-        // every block of rows.
+        // SAFETY: arguments in the order of sweep.cu; `z` passed `Rows::check` and the maps clip loads to it, to
+        // `q` and to `p`, which is packed; `s` has a padded row for every row of `z`, and `part` holds every
+        // block of rows.
         unsafe { self.launch("launch of sweep", &function, grid, &args) }?;
         drop(part_guard);
         Ok(Partial {
@@ -157,42 +159,25 @@ impl Launcher<'_> {
     }
 }
 
-/// Blocks that share the columns: the most of which nine in ten have work all the time.
-fn group(chunks: usize) -> usize {
-    (1..=LARGEST_GROUP.min(chunks))
-        .rev()
-        .find(|&group| 10 * chunks >= 9 * group * chunks.div_ceil(group))
-        .unwrap_or(1)
+/// How the columns are shared.
+#[derive(Debug, PartialEq, Eq)]
+struct Columns {
+    /// Blocks that share them.
+    group: usize,
+    /// Pairs of tiles in a row of a block.
+    pairs: usize,
 }
 
-/// Shared memory of a block: some once, some for each of its rows.
-struct Shared {
-    fixed: usize,
-    row: usize,
-}
-
-impl Shared {
-    fn new(ranks: usize, down: bool, masked: bool) -> Self {
-        let stages = if down { 3 } else { 4 };
-        let slot = BOX_BYTES + if masked { BITS_BYTES } else { 0 };
-        let buffers = if ranks == 16 { 2 } else { 1 };
-        let meet = buffers * WARPS * BOX_ROWS * (ranks + 8) * 4;
-        let (s_row, q_row) = (ranks * 4, ranks * 2);
-        Self {
-            fixed: WARPS * stages * slot + if down { meet } else { 0 },
-            row: q_row + if down { s_row } else { 0 },
-        }
-    }
-
-    fn bytes(&self, rows: usize) -> usize {
-        self.fixed + rows * self.row
-    }
-
-    /// Rows of a block so that every group gets as many blocks, of whole boxes that fit.
-    fn block_rows(&self, rows: usize, groups: usize) -> usize {
-        let most = (SHARED_LIMIT - self.fixed) / self.row / BOX_ROWS * BOX_ROWS;
-        let turns = rows.div_ceil(groups * most);
-        rows.div_ceil(groups * turns).next_multiple_of(BOX_ROWS)
+impl Columns {
+    /// For the largest cluster, of two or more, of which nine in ten blocks have work all the time, or for more
+    /// blocks where their sums need the registers.
+    fn new(cols: usize, ranks: usize) -> Self {
+        let all = cols.div_ceil(2 * TILE_COLS);
+        let even = |&group: &usize| 10 * all >= 9 * group * all.div_ceil(group);
+        let group = (2..=MOST_GROUP.min(all)).rev().find(even).unwrap_or(2);
+        let group = group.max(all.div_ceil(most_pairs(ranks)));
+        let pairs = all.div_ceil(group);
+        Self { group, pairs }
     }
 }
 
@@ -202,22 +187,20 @@ mod tests {
 
     #[test]
     fn columns_are_shared_evenly() {
-        for (chunks, expected) in [(1, 1), (4, 4), (8, 8), (16, 8), (28, 7), (27, 7), (9, 5)] {
-            assert_eq!(group(chunks), expected, "{chunks} chunks");
-        }
-    }
-
-    #[test]
-    fn blocks_of_rows_fit_and_cover() {
-        for ranks in [16, 32, 64] {
-            for down in [false, true] {
-                let shared = Shared::new(ranks, down, !down);
-                for rows in [1, 31, 512, 2048, 8192, 100_000] {
-                    let block_rows = shared.block_rows(rows, 16);
-                    assert!(block_rows >= BOX_ROWS && block_rows.is_multiple_of(BOX_ROWS));
-                    assert!(shared.bytes(block_rows) <= SHARED_LIMIT);
-                }
-            }
+        for (cols, ranks, group, pairs) in [
+            (8, 16, 2, 1),
+            (1000, 16, 8, 1),
+            (2048, 16, 8, 2),
+            (4096, 16, 8, 4),
+            (14336, 16, 8, 14),
+            (14400, 16, 9, 13),
+            (4096, 64, 8, 4),
+            (14336, 64, 28, 4),
+            (1152, 48, 5, 2),
+        ] {
+            let expected = Columns { group, pairs };
+            assert_eq!(Columns::new(cols, ranks), expected, "{cols} columns");
+            assert!(2 * TILE_COLS * group * pairs >= cols && pairs <= most_pairs(ranks));
         }
     }
 }

@@ -29,6 +29,31 @@ impl TensorMap {
         (rows, cols, stride): (usize, usize, usize),
         box_rows: usize,
     ) -> Result<Self> {
+        let box_cols = BOX_ROW_BYTES / size_of::<T>();
+        let swizzle = CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B;
+        Self::boxes::<T>(address, (rows, cols, stride), (box_rows, box_cols), swizzle)
+    }
+
+    /// As [`Self::new`] for halves of at most 64 columns, in boxes of 16, 32 or 64 columns.
+    pub fn narrow<T: Element>(
+        address: u64,
+        (rows, cols, stride): (usize, usize, usize),
+        box_rows: usize,
+    ) -> Result<Self> {
+        let (box_cols, swizzle) = match cols {
+            0..=16 => (16, CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B),
+            17..=32 => (32, CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B),
+            _ => (64, CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B),
+        };
+        Self::boxes::<T>(address, (rows, cols, stride), (box_rows, box_cols), swizzle)
+    }
+
+    fn boxes<T: Element>(
+        address: u64,
+        (rows, cols, stride): (usize, usize, usize),
+        (box_rows, box_cols): (usize, usize),
+        swizzle: CUtensorMapSwizzle,
+    ) -> Result<Self> {
         let mut map = Self([0; 16]);
         let dtype = match T::DTYPE {
             DType::Bf16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -39,10 +64,7 @@ impl TensorMap {
             [cols as u64, rows as u64],
             [(stride * size_of::<T>()) as u64],
         );
-        let (box_size, steps) = (
-            [(BOX_ROW_BYTES / size_of::<T>()) as u32, box_rows as u32],
-            [1, 1],
-        );
+        let (box_size, steps) = ([box_cols as u32, box_rows as u32], [1, 1]);
         // SAFETY: the arrays have two, one, two and two elements, as rank 2 asks for; `map` is 128 bytes
         // aligned to 128 and only written.
         unsafe {
@@ -56,7 +78,7 @@ impl TensorMap {
                 box_size.as_ptr(),
                 steps.as_ptr(),
                 CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle,
                 CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )

@@ -13,7 +13,8 @@ use support::{Case, Inputs, device};
 fn streams_end_beside_each_other_and_give_what_each_gives_alone() {
     let Some(context) = device() else { return };
     let kernels = Kernels::new(&context).unwrap().prefer(Preference::Hopper);
-    let first = context.new_stream().unwrap(); // the only one whose kernels are launched like any others
+    // Alone at first: its kernels are launched like any others until the other streams come.
+    let first = context.new_stream().unwrap();
     let undropped = Case::new(2048, 1000, 2048, 16); // fills a card
     let dropout = Some(Dropout::new(Place::Pre, 0.1, 7, 1, 2).unwrap());
     for case in [

@@ -412,7 +412,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #if SIDE
     __syncwarp();
     if (tiles == 0) await_previous();  // the loader of tiles has
-    if (tiles == 0 || side.all) side_work(side0_map, side1_map, side, rows, kept, flags, shared, shared_address(side_barriers) + (math * 4 + warp) * SIDE_STAGES * 8, math * 128 + thread);
+    if (tiles == 0 || side.all) side_work(side0_map, side1_map, side, rows, kept, flags, shared, shared_address(side_barriers) + (math * 4 + warp) * SIDE_STAGES * 8, threadIdx.x - 128);
 #endif
     if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }

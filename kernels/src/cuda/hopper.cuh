@@ -51,6 +51,21 @@ __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(); }
 
+// ---- rows to shared memory ---------------------------------------------------------------------
+// `count` rows of RANKS from `row0` on, zero from `rows` on; on their way until `await_copies`. By `threads` threads, a
+// multiple of 8.
+template <int RANKS>
+__device__ __forceinline__ void copy_rows(u32 dst, const T* src, int stride, int row0, int count, int rows, int thread, int threads) {
+  constexpr int VECS = RANKS / 8;
+#pragma unroll 1
+  for (int row = thread / VECS; row < count; row += threads / VECS) {
+    const T* from = src + (i64)min(row0 + row, rows - 1) * stride + thread % VECS * 8;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst + (row * VECS + thread % VECS) * 16), "l"(from), "r"(row0 + row < rows ? 16 : 0) : "memory");
+  }
+}
+// Of this thread: a barrier is still to follow.
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // ---- fragments from shared memory --------------------------------------------------------------
 __device__ __forceinline__ void ldmatrix(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -68,6 +83,10 @@ __device__ __forceinline__ Vec load_chunk(u32 box, int row, int chunk) {
   Vec v;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "r"(swizzled(box, row, chunk)));
   return v;
+}
+
+__device__ __forceinline__ void store_chunk(u32 box, int row, int chunk, const Vec& v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(box, row, chunk)), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
 
 // ---- qᵀ z of a warp ----------------------------------------------------------------------------
@@ -145,6 +164,17 @@ __device__ __forceinline__ u32 masked(u32 two, u32 pair, int tile) {
   u32 signs = pair << (7 - 2 * (tile & 3)), keep;
   asm("prmt.b32 %0, %1, %1, %2;" : "=r"(keep) : "r"(signs), "r"(tile & 4 ? 0xbb99 : 0xaa88));
   return two & keep;
+}
+
+// Zeroes what is dropped of chunk `chunk` of 8 of 128 columns whose words are at `words` in shared memory.
+__device__ __forceinline__ void drop_by_bits(u32 words, int chunk, Vec& v) {
+  Vec keep;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(keep.w[0]), "=r"(keep.w[1]), "=r"(keep.w[2]), "=r"(keep.w[3]) : "r"(words));
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    u32 two = keep.w[w] >> (2 * chunk);
+    v.w[w] &= (two & 1 ? 0xffff : 0) | (two & 2 ? 0xffff0000u : 0);
+  }
 }
 
 // ---- sums ----------------------------------------------------------------------------------------

@@ -72,9 +72,9 @@ __device__ __forceinline__ void side_work(
   int lane = thread & 31, warp = thread >> 5;
   u32 ring = shared_address(shared) + warp * SIDE_STAGES * BOX_BYTES;
   u32 ring_bits = shared_address(shared) + SIDE_RING_BYTES + warp * SIDE_STAGES * BITS_BYTES;
-  T* q_rows = reinterpret_cast<T*>(shared + SIDE_RING_BYTES + SIDE_BITS_BYTES);  // [Q_ROWS, SIDE_RANK]
+  unsigned char* q_rows = shared + SIDE_RING_BYTES + SIDE_BITS_BYTES;  // [Q_ROWS, SIDE_RANK]
   u32 q_address = shared_address(q_rows);
-  float* piece = reinterpret_cast<float*>(q_rows + Q_ROWS * SIDE_RANK) + warp * PIECE_BYTES / 4;
+  float* piece = reinterpret_cast<float*>(q_rows + Q_ROWS * SIDE_RANK * 2 + warp * PIECE_BYTES);
   int segments = (rows + side.segment_rows - 1) / side.segment_rows;
   int chunks = (side.sum0.cols + SIDE_CHUNK - 1) / SIDE_CHUNK + (side.sum1.cols + SIDE_CHUNK - 1) / SIDE_CHUNK;
   int units = side.whole + (chunks - side.whole) * segments;
@@ -89,21 +89,14 @@ __device__ __forceinline__ void side_work(
       if (masked) load_box_bits(ring_bits + stage * BITS_BYTES, kept, row, unit.col0, side.sum1.cols, bar);
     }
   };
-  auto load_q_rows = [&](const SideUnit& unit, int first) {
-    const T* q = unit.second ? side.q1 : side.q0;
-    int ldq = unit.second ? side.ldq1 : side.ldq0, row0 = unit.row0 + first, count = min(Q_ROWS, unit.strips * BOX_ROWS - first);
-    constexpr int ROW_VECS = SIDE_RANK / 8;
+  // On their way until `await_copies`.
+  auto copy_q_rows = [&](const SideUnit& unit, int first) {
+    int row0 = unit.row0 + first, count = min(Q_ROWS, unit.strips * BOX_ROWS - first);
 #if DOWN
     if (unit.second)
       for (int row = row0; row < min(row0 + count, rows); row += 128) await_count(flags.ready(row), READY);
 #endif
-    for (int at = thread; at < count * ROW_VECS; at += SIDE_WARPS * 32) {
-      int row = row0 + at / ROW_VECS;
-      Vec v = {{0, 0, 0, 0}};
-      if (row < rows) v = load_packed(q + (i64)row * ldq + at % ROW_VECS * 8);
-      reinterpret_cast<Vec*>(q_rows)[at] = v;
-    }
-    side_sync();
+    copy_rows<SIDE_RANK>(q_address, unit.second ? side.q1 : side.q0, unit.second ? side.ldq1 : side.ldq0, row0, count, rows, thread, SIDE_WARPS * 32);
   };
   auto add_strips = [&](auto masked, const SideUnit& unit, const SideUnit& next, int& stage, u32& parity) {
     constexpr bool MASKED = decltype(masked)::value;
@@ -112,7 +105,9 @@ __device__ __forceinline__ void side_work(
     for (int strip = 0; strip < unit.strips; ++strip, q_at += BOX_ROWS * SIDE_RANK * 2) {
       if (q_at == q_address + Q_ROWS * SIDE_RANK * 2) {
         side_sync();
-        load_q_rows(unit, strip * BOX_ROWS);
+        copy_q_rows(unit, strip * BOX_ROWS);
+        await_copies();
+        side_sync();
         q_at = q_address;
       }
       barrier_wait(full + 8 * stage, parity);
@@ -134,17 +129,20 @@ __device__ __forceinline__ void side_work(
     else put_across(acc, sum, unit.col0, piece, lane);
   };
 
-  side_sync();
   if (thread == 0) slots[0] = atomicAdd(flags.unit(), 1);
-  side_sync();
+  side_sync();  // the ring is free
   int stage = 0;
   u32 parity = 0;
   SideUnit unit(side, slots[0], rows, segments, warp);
-  if (unit.index < units)
-    for (int i = 0; i < SIDE_STAGES; ++i) fetch(unit, i, i);
+  bool begun = false;
   for (int turn = 1; unit.index < units; turn ^= 1) {
     if (thread == 0) slots[turn] = atomicAdd(flags.unit(), 1);
-    load_q_rows(unit, 0);
+    copy_q_rows(unit, 0);
+    // After what is small: that would take as long as these behind the boxes of all blocks.
+    for (int i = begun ? SIDE_STAGES : 0; i < SIDE_STAGES; ++i) fetch(unit, i, i);
+    begun = true;
+    await_copies();
+    side_sync();
     SideUnit next(side, slots[turn], rows, segments, warp);
     if (DROPOUT == 2 && unit.second) add_strips(Yes{}, unit, next, stage, parity);
     else add_strips(No{}, unit, next, stage, parity);

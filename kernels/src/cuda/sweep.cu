@@ -3,21 +3,30 @@
 //           part[block][j, c] = sum over the rows m of a block of q[m, j] * D(z)[m, c]
 // DOWN 1    s[m, j] = scale_j * sum over columns c of D(z)[m, c] * p[j, c] as well
 //
-// A group of blocks takes `block_rows` rows at a time and splits their columns, in chunks of 512. A
-// warp has 64 columns of a chunk, for which it keeps its part of p and its partial sums in
-// registers, and a ring of its own of boxes of 32 rows, filled by the copy engine. The sums of DOWN
-// meet in shared memory: eight warps after every box, the blocks of a group at the end; always in
-// the same order. Options: DTYPE 1 or 2, RT ranks (16, 32 or 64; both products: at most 32), DROPOUT 0,
-// 1 = masked by counter, 2 = masked by bits (DOWN 0). BITS 1 = draw those of another matrix on
-// the way, since the arithmetic units have time while memory has none.
-constexpr int WARPS = 8, CHUNK = WARPS * BOX_COLS;
-constexpr int TILES = RT / 16;
-constexpr int STAGES = DOWN ? 3 : 4;
-constexpr int BUFFERS = RT == 16 ? 2 : 1;                // of the warps' sums
-constexpr int PITCH = RT + 8;                            // floats of a row there: no bank conflicts
-constexpr int RING_BYTES = WARPS * STAGES * (BOX_BYTES + (DROPOUT == 2 ? BITS_BYTES : 0));
-constexpr int BITS_WARPS = BITS ? 4 : 0;  // that draw and do nothing else
-constexpr int MEET_BYTES = DOWN ? BUFFERS * WARPS * BOX_ROWS * PITCH * 4 : 0;
+// A group of blocks, a cluster with DOWN, takes `block_rows` rows, a multiple of 16, and splits their columns. One warp of
+// a block loads tiles of 64 x 64 into rings. Two warpgroups take every other tile of a row of them and multiply from there
+// (wgmma): zᵀ q, whose sums stay in registers for all rows, and z pᵀ, whose sums the blocks of a group send each other
+// after every 64 rows. A block adds up its share of those while it multiplies the next, always in the same order.
+//
+// Options: DTYPE 1 or 2, RT ranks (16, 32, 48 or 64), PAIRS of tiles in a row of a block (for the registers of their sums
+// see `most_pairs` in sweep.rs), DROPOUT 0, 1 = z is masked by counter, 2 = by bits (DOWN 0). BITS 1 = draw those of
+// another matrix on the way, since the arithmetic units have time while memory has none.
+constexpr int STRIP = 64;      // rows of a tile, whose columns are 64 too
+constexpr int LOAD_ROWS = 16;  // that are loaded at once
+constexpr int TILE_BYTES = STRIP * 128;
+constexpr int SERVICE = BITS && RT == 16 ? 2 : 1;  // warpgroups that load and draw
+constexpr int THREADS = (SERVICE + 2) * 128;
+constexpr int SERVICE_REGISTERS = BITS ? 88 : 40, MATH_REGISTERS = !BITS ? 232 : SERVICE == 2 ? 168 : 208;
+constexpr int Q_COLS = RT == 48 ? 64 : RT;
+constexpr int Q_STAGES = 4, Q_BYTES = STRIP * Q_COLS * 2;
+constexpr int P_BYTES = DOWN ? RT * 128 : 0;  // for one tile
+constexpr int MOST_GROUP = 8;
+constexpr int MEET_BYTES = DOWN ? 2 * (STRIP + MOST_GROUP) * RT * 4 : 0;  // of both warpgroups of all blocks
+constexpr int MASK_BYTES = DROPOUT == 2 ? 2 * BITS_BYTES : 0;
+constexpr int ROOM = 226 << 10;  // as in sweep.rs
+constexpr int STAGES = (ROOM - Q_STAGES * Q_BYTES - 2 * PAIRS * P_BYTES - 2 * MEET_BYTES) / (2 * (TILE_BYTES + MASK_BYTES));
+static_assert(STAGES >= 2, "a tile is to be on its way while another is read");
+constexpr int SIDE_BY_SIDE = STAGES < 4 ? 2 * STAGES : 8;  // tiles that are loaded together
 
 // A mask as bits: read by DROPOUT 2, written by BITS.
 struct Bits {
@@ -26,249 +35,213 @@ struct Bits {
   Dropout dropout;
 };
 
-__device__ __forceinline__ void warps_sync() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }
+// q of 16 rows and all ranks, which lies across the depth in rows of Q_COLS.
+__device__ __forceinline__ u64 q_descriptor(u32 address) {
+  constexpr u64 SWIZZLE = Q_COLS == 16 ? 3 : Q_COLS == 32 ? 2 : 1;
+  return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(8 * Q_COLS * 2 >> 4) << 32 | SWIZZLE << 62;
+}
+constexpr u32 Q_STEP = 16 * Q_COLS * 2 >> 4, ROWS_STEP = 16 * 128 >> 4;
 
-// Where a warp is: rows of a block, chunk by chunk, block by block.
-struct Place {
-  int block, chunk, strip;
-  __device__ __forceinline__ void next(int strips, int chunks, int first_chunk, int group, int groups) {
-    if (++strip < strips) return;
-    strip = 0;
-    if ((chunk += group) < chunks) return;
-    chunk = first_chunk;
-    block += groups;
-  }
-};
+__device__ __forceinline__ u32 in_block(u32 address, u32 block) {
+  u32 remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
+  return remote;
+}
+// To another block's memory; counts for its barrier.
+__device__ __forceinline__ void send(u32 to, float x, float y, u32 bar) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(x), "f"(y), "r"(bar) : "memory");
+}
 
-extern "C" __global__ void __launch_bounds__((WARPS + BITS_WARPS) * 32, 1) sweep(
-    const __grid_constant__ TensorMap z_map,  // [rows, cols], box 64 x 32
-    const T* __restrict__ p,                  // [RT, ldp], zero beyond cols
-    const T* __restrict__ q,                  // [rows, ldq]
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
+    const __grid_constant__ TensorMap z_map,  // [rows, cols], box 64 x 16
+    const __grid_constant__ TensorMap p_map,  // [RT, cols or padded cols], box 64 x RT
+    const __grid_constant__ TensorMap q_map,  // [rows, RT], box Q_COLS x 64
     T* __restrict__ s,                        // [rows, lds]
     float* __restrict__ part,                 // [blocks, RT, cols]
-    int rows, int cols, int ldp, int ldq, int lds, int block_rows, int group, const __grid_constant__ Scales scales, Dropout dropout,
-    const __grid_constant__ Bits bits) {
+    int rows, int cols, int lds, int block_rows, int group, const __grid_constant__ Scales scales, Dropout dropout, const __grid_constant__ Bits bits) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[WARPS * STAGES];
-  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  u32 ring = shared_address(shared) + warp * STAGES * BOX_BYTES;
-  u32 ring_bits = shared_address(shared) + WARPS * STAGES * BOX_BYTES + warp * STAGES * BITS_BYTES;
-  u32 full = shared_address(barriers) + warp * STAGES * 8;
-  float* meet = reinterpret_cast<float*>(shared + RING_BYTES);
-  float* s_sums = reinterpret_cast<float*>(shared + RING_BYTES + MEET_BYTES);                           // [block_rows, RT]
-  T* q_rows = reinterpret_cast<T*>(shared + RING_BYTES + MEET_BYTES + (DOWN ? block_rows * RT * 4 : 0));  // [block_rows, RT]
+  __shared__ __align__(8) u64 barriers[4 * STAGES + 2 * Q_STAGES + 2];
+  u32 rings = shared_address(shared), q_ring = rings + 2 * STAGES * TILE_BYTES, p_tiles = q_ring + Q_STAGES * Q_BYTES;
+  u32 meet = p_tiles + 2 * PAIRS * P_BYTES, masks = meet + 2 * MEET_BYTES;
+  u32 full = shared_address(barriers), empty = full + 2 * STAGES * 8, q_full = empty + 2 * STAGES * 8, q_empty = q_full + Q_STAGES * 8, met = q_empty + Q_STAGES * 8;
 
-  int rank = blockIdx.x % group, groups = gridDim.x / group;
-  int blocks = (rows + block_rows - 1) / block_rows, strips = block_rows / BOX_ROWS, chunks = (cols + CHUNK - 1) / CHUNK;
-#if BITS
-  if (warp >= WARPS) {
-    await_previous();
-    start_next();
-    int units = (bits.rows + 31) / 32 * ((bits.cols + 127) / 128), workers = gridDim.x * BITS_WARPS, unit = blockIdx.x * BITS_WARPS + warp - WARPS;
-    int turns = (blocks - (int)blockIdx.x / group + groups - 1) / groups, share = ((units + workers - 1) / workers + turns - 1) / turns;
-    for (int turn = 0; turn < turns; ++turn) {
-      for (int i = 0; i < share && unit < units; ++i, unit += workers) store_bits(bits.dropout, bits.keep, unit, bits.rows, bits.cols, lane);
-      if (group > 1) cluster_sync(), cluster_sync();  // with the others, below
-    }
-    return;
-  }
-#endif
-  Place ahead = {(int)blockIdx.x / group, rank, 0};
-  auto fetch = [&](int stage) {
-    if (ahead.block >= blocks) return;
-    if (lane == 0) {
-      int col = ahead.chunk * CHUNK + warp * BOX_COLS, row = ahead.block * block_rows + ahead.strip * BOX_ROWS;
-      u32 bar = full + 8 * stage;
-      bool masked = DROPOUT == 2 && row < rows;
-      barrier_expect(bar, BOX_BYTES + (masked ? BITS_BYTES : 0));
-      load_box(ring + stage * BOX_BYTES, z_map, col, row, bar);
-      if (masked) load_box_bits(ring_bits + stage * BITS_BYTES, bits.keep, row, col, cols, bar);
-    }
-    ahead.next(strips, chunks, rank, group, groups);
-  };
-  if (lane == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + 8 * stage, 1);
+  int rank = blockIdx.x % group, block = blockIdx.x / group, warpgroup = threadIdx.x / 128;
+  int row0 = block * block_rows, end = min(rows, row0 + block_rows), strips = (end - row0 + STRIP - 1) / STRIP, col0 = rank * 2 * PAIRS * 64;
+  // This block's rows of a strip, of which it adds up the sums of DOWN.
+  auto first_own = [&](int block) { return (STRIP * block + group - 1) / group; };
+  int most_own = first_own(1), own = first_own(rank + 1) - first_own(rank);
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2 * STAGES; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 1);
+    for (int i = 0; i < Q_STAGES; ++i) barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, 2);
+    for (int i = 0; i < 2; ++i) barrier_init(met + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  __syncwarp();
-  if (lane == 0)
-    for (int strip = 0; strip < min(strips, STAGES + 1); ++strip)
-      prefetch_box(z_map, ahead.chunk * CHUNK + warp * BOX_COLS, ahead.block * block_rows + strip * BOX_ROWS);
-  __syncwarp();
-  await_previous();
-  start_next();
-  if (rank < chunks)
-    for (int stage = 0; stage < STAGES; ++stage) fetch(stage);
+  __syncthreads();
+  if (DOWN) cluster_arrive();  // the blocks of a group may send once all have
 
-  int stage = 0, buffer = 0;
-  u32 parity = 0;
-  for (int block = blockIdx.x / group; block < blocks; block += groups) {
-    i64 row0 = (i64)block * block_rows;
-    warps_sync();  // the block before is done with its q
-    constexpr int ROW_VECS = RT / 8;
-    for (int at = threadIdx.x; at < block_rows * ROW_VECS; at += WARPS * 32) {
-      i64 row = row0 + at / ROW_VECS;
-      Vec v = {{0, 0, 0, 0}};
-      if (row < rows) v = load_packed(q + row * ldq + at % ROW_VECS * 8);
-      reinterpret_cast<Vec*>(q_rows)[at] = v;
-    }
-    warps_sync();
-    for (int chunk = rank; chunk < chunks; chunk += group) {
-      int col0 = chunk * CHUNK + warp * BOX_COLS;
-      bool live = col0 < cols;
-#if DOWN
-      // Of the same permuted columns as the fragments of z: thread t has chunks 2t and 2t + 1 of eight.
-      Vec p_frag[2][2 * TILES];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int n = 0; n < 2 * TILES; ++n) {
-          p_frag[half][n] = Vec{{0, 0, 0, 0}};
-          if (live) p_frag[half][n] = load_packed(p + (i64)(n * 8 + g) * ldp + col0 + (2 * t + half) * 8);
-        }
-#endif
-      float acc[TILES][8][4] = {};
+  if (warpgroup < SERVICE) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(SERVICE_REGISTERS));
+    if (threadIdx.x == 0) {
+      await_previous();
+      start_next();
+      int stage = 0, q_stage = 0;
+      u32 parity = 0, q_parity = 0;
       for (int strip = 0; strip < strips; ++strip) {
-        barrier_wait(full + 8 * stage, parity);
-        u32 box = ring + stage * BOX_BYTES;
-#if DOWN
-        float down[2][2 * TILES][4] = {};
-        Vec v[2][2][2];  // [16 rows][half of the row's chunks][row + 0, row + 8]
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) v[i][half][h] = load_chunk(box, i * 16 + h * 8 + g, 2 * t + half);
-#if DROPOUT == 1
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-              drop(dropout, (u64)(row0 + strip * BOX_ROWS + i * 16 + h * 8 + g) * cols + col0 + (2 * t + half) * 8, v[i][half][h]);
-#endif
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int pair = 0; pair < 4; pair += 2)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-#pragma unroll
-              for (int n = 0; n < 2 * TILES; ++n) {
-                const Vec &lo = v[i][half][0], &hi = v[i][half][1], &b = p_frag[half][n];
-                mma(down[i][n], lo.w[pair], hi.w[pair], lo.w[pair + 1], hi.w[pair + 1], b.w[pair], b.w[pair + 1]);
-              }
-#endif
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {  // 16 rows
-          u32 a[TILES][4];
-          u32 q_at = shared_address(q_rows) + (strip * BOX_ROWS + i * 16) * RT * 2;
-#pragma unroll
-          for (int j = 0; j < TILES; ++j) load_q(a[j], q_at + j * 32, RT, lane);
-#if DROPOUT == 1
-          Vec z[4];  // rows 2t, 2t + 1 and 8 on, 8 columns from 8g on
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            int row = i * 16 + 2 * t + (r & 1) + (r >> 1) * 8;
-            z[r] = load_chunk(box, row, g);
-            drop(dropout, (u64)(row0 + strip * BOX_ROWS + row) * cols + col0 + g * 8, z[r]);
+        int row = row0 + strip * STRIP;
+        int masked = DROPOUT != 2 ? 0 : end - row > 32 ? 2 : 1;  // 32 rows each; `block_rows` is a multiple of those
+        barrier_wait(q_empty + 8 * q_stage, q_parity ^ 1);
+        barrier_expect(q_full + 8 * q_stage, Q_BYTES);
+        load_box(q_ring + q_stage * Q_BYTES, q_map, 0, row, q_full + 8 * q_stage);
+        if (++q_stage == Q_STAGES) q_stage = 0, q_parity ^= 1;
+        // Boxes side by side are loaded a few rows at a time: the memory likes neighbours together.
+        for (int first = 0; first < 2 * PAIRS; first += SIDE_BY_SIDE) {
+          int count = min(SIDE_BY_SIDE, 2 * PAIRS - first);
+          bool with_p = DOWN && strip == 0;
+          auto place = [&](int i) { return i % 2 * STAGES + (stage + i / 2) % STAGES; };
+          for (int i = 0; i < count; ++i) {
+            int at = place(i);
+            barrier_wait(empty + 8 * at, parity ^ (stage + i / 2 < STAGES));
+            barrier_expect(full + 8 * at, TILE_BYTES + masked * BITS_BYTES + (with_p ? P_BYTES : 0));
           }
-#pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            u32 pick = e & 1 ? 0x7632 : 0x5410;
-            u32 b0 = __byte_perm(z[0].w[e >> 1], z[1].w[e >> 1], pick), b1 = __byte_perm(z[2].w[e >> 1], z[3].w[e >> 1], pick);
-#pragma unroll
-            for (int j = 0; j < TILES; ++j) mma(acc[j][e], a[j][0], a[j][1], a[j][2], a[j][3], b0, b1);
+          for (int part = 0; part < STRIP; part += LOAD_ROWS) {
+            int from = row + part < end ? row + part : rows;  // zeros in place of the next block's
+            for (int i = 0; i < count; ++i) load_box(rings + place(i) * TILE_BYTES + part * 128, z_map, col0 + (first + i) * 64, from, full + 8 * place(i));
           }
-#else
-          add_across<TILES, DROPOUT == 2>(acc, a, box, i, ring_bits + stage * BITS_BYTES, col0, lane);
-#endif
+          for (int i = 0; i < count; ++i) {
+            int at = place(i), col = col0 + (first + i) * 64;
+            if (with_p) load_box(p_tiles + (first + i) * P_BYTES, p_map, col, 0, full + 8 * at);
+            for (int half = 0; half < masked; ++half) load_box_bits(masks + at * MASK_BYTES + half * BITS_BYTES, bits.keep, row + half * 32, col, cols, full + 8 * at);
+          }
+          if ((stage += count / 2) >= STAGES) stage -= STAGES, parity ^= 1;
         }
-        __syncwarp();
-        fetch(stage);
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-#if DOWN
-        float* sums = meet + (BUFFERS == 2 ? buffer : 0) * WARPS * BOX_ROWS * PITCH;
-        buffer ^= 1;  // from chunk to chunk too, however many strips these have
-        if (BUFFERS == 1) warps_sync();
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int n = 0; n < 2 * TILES; ++n)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-              *reinterpret_cast<float2*>(&sums[(warp * BOX_ROWS + i * 16 + h * 8 + g) * PITCH + n * 8 + 2 * t]) =
-                  make_float2(down[i][n][2 * h], down[i][n][2 * h + 1]);
-        warps_sync();
-#pragma unroll
-        for (int u = 0; u < BOX_ROWS * RT / 2 / (WARPS * 32); ++u) {
-          int at = u * WARPS * 32 + threadIdx.x, row = at / (RT / 2), pair = at % (RT / 2);
-          float2* total = reinterpret_cast<float2*>(&s_sums[(strip * BOX_ROWS + row) * RT + 2 * pair]);
-          float2 sum = chunk == rank ? make_float2(0.f, 0.f) : *total;
-#pragma unroll
-          for (int w = 0; w < WARPS; ++w) {
-            float2 v = *reinterpret_cast<float2*>(&sums[(w * BOX_ROWS + row) * PITCH + 2 * pair]);
-            sum.x += v.x, sum.y += v.y;
-          }
-          *total = sum;
-        }
-#endif
       }
-      float scale = DROPOUT == 2 ? bits.dropout.scale : DROPOUT ? dropout.scale : 1.f;
-#if DROPOUT == 1
-      // As `store_across`, but columns 2t and 2t + 1 of every eighth.
-#pragma unroll
-      for (int j = 0; j < TILES; ++j)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float* to = part + ((i64)block * RT + j * 16 + h * 8 + g) * cols;
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            int col = col0 + (2 * t + c) * 8;
-#pragma unroll
-            for (int e = 0; e < 8; e += 4)
-              if (col < cols)
-                *reinterpret_cast<float4*>(to + col + e) = make_float4(scale * acc[j][e][2 * h + c], scale * acc[j][e + 1][2 * h + c], scale * acc[j][e + 2][2 * h + c], scale * acc[j][e + 3][2 * h + c]);
-          }
-        }
-#else
-      store_across(acc, scale, part + (i64)block * RT * cols, col0, cols, lane);
-#endif
     }
+#if BITS
+    if (threadIdx.x >= 32) {
+      await_previous();
+      int lane = threadIdx.x & 31, drawer = blockIdx.x * (SERVICE * 4 - 1) + threadIdx.x / 32 - 1;
+      int units = (bits.rows + 31) / 32 * ((bits.cols + 127) / 128);
+      for (int unit = drawer; unit < units; unit += gridDim.x * (SERVICE * 4 - 1)) store_bits(bits.dropout, bits.keep, unit, bits.rows, bits.cols, lane);
+    }
+#endif
+    __syncwarp();
+    if (DOWN) cluster_wait();
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
+  int math = warpgroup - SERVICE, thread = threadIdx.x % 128, lane = thread & 31, warp = thread / 32, g = lane >> 2, t = lane & 3;
+  auto warpgroup_sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(math + 1) : "memory"); };
 #if DOWN
-    // Every block of the group adds up a share of the rows.
-    if (group > 1) cluster_sync(); else warps_sync();
-    int share = (block_rows + group - 1) / group, end = min(block_rows, (rank + 1) * share);
-    u32 mine = shared_address(s_sums);
-    for (int at = rank * share * (RT / 2) + threadIdx.x; at < end * (RT / 2); at += WARPS * 32) {
-      i64 row = row0 + at / (RT / 2);
-      int pair = at % (RT / 2);
-      float2 sum = make_float2(0.f, 0.f), theirs[8];
+  int both = math * 128 + thread;
+  auto expect_meeting = [&](int strip) {
+    if (both == 0 && strip < strips) barrier_expect(met + 8 * (strip & 1), 2 * group * own * RT * 4);
+  };
+  expect_meeting(0), expect_meeting(1);
+  // The sums of this warpgroup for a strip, to the blocks whose rows they are of. They go where those of two strips before
+  // were, which nobody reads any more: a block sends nothing of the last strip before all its threads have read those, and
+  // something of the last has come from every block.
+  auto send_sums = [&](const float (&sums)[RT / 8][4], int strip) {
 #pragma unroll
-      for (int other = 0; other < 8; ++other) {
-        theirs[other] = make_float2(0.f, 0.f);
-        if (other >= group) continue;
-        if (group > 1)
-          asm volatile(
-              "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %2, %3;\n"
-              "ld.shared::cluster.v2.f32 {%0, %1}, [remote];\n}"
-              : "=f"(theirs[other].x), "=f"(theirs[other].y)
-              : "r"(mine + at * 8), "r"(other)
-              : "memory");
-        else
-          theirs[other] = reinterpret_cast<float2*>(s_sums)[at];
+    for (int h = 0; h < 2; ++h) {
+      int row = warp * 16 + h * 8 + g, owner = row * group / STRIP;
+      u32 to = meet + (strip & 1) * MEET_BYTES + (((rank * 2 + math) * most_own + row - first_own(owner)) * RT + 2 * t) * 4;
+      u32 there = in_block(to, owner), bar = in_block(met + 8 * (strip & 1), owner);
+#pragma unroll
+      for (int n = 0; n < RT / 8; ++n) send(there + n * 32, sums[n][2 * h], sums[n][2 * h + 1], bar);
+    }
+  };
+  auto add_up = [&](int strip) {
+    barrier_wait(met + 8 * (strip & 1), strip >> 1 & 1);
+    expect_meeting(strip + 2);
+    const float* sums = reinterpret_cast<const float*>(shared + (meet - rings) + (strip & 1) * MEET_BYTES);
+    for (int at = both; at < own * (RT / 2); at += 256) {
+      int row = row0 + strip * STRIP + first_own(rank) + at / (RT / 2), pair = at % (RT / 2);
+      float2 sum = make_float2(0.f, 0.f);
+#pragma unroll 8
+      for (int from = 0; from < 2 * group; ++from) {
+        float2 v = *reinterpret_cast<const float2*>(sums + (from * most_own + at / (RT / 2)) * RT + 2 * pair);
+        sum.x += v.x, sum.y += v.y;
       }
-#pragma unroll
-      for (int other = 0; other < 8; ++other) sum.x += theirs[other].x, sum.y += theirs[other].y;
       float scale = scales.of[pair / 8];
-#if DROPOUT
-      scale *= dropout.scale;
-#endif
-      if (row < rows) *reinterpret_cast<u32*>(s + row * lds + 2 * pair) = pack_halves(scale * sum.x, scale * sum.y);
+      if (DROPOUT) scale *= dropout.scale;
+      if (row < end) *reinterpret_cast<u32*>(s + (i64)row * lds + 2 * pair) = pack_halves(scale * sum.x, scale * sum.y);
     }
-    if (group > 1) cluster_sync(); else warps_sync();
+  };
+  float down[RT / 8][4];
+#endif
+  float acc[PAIRS][RT / 8][4] = {};
+  if (DOWN) cluster_wait();
+  int stage = 0, q_stage = 0, previous = 0;
+  u32 parity = 0, q_parity = 0;
+  auto release = [&](int stage) {
+    if (thread == 0) barrier_arrive(empty + 8 * (math * STAGES + stage));
+  };
+  for (int strip = 0; strip < strips; ++strip) {
+    barrier_wait(q_full + 8 * q_stage, q_parity);
+    u64 q = q_descriptor(q_ring + q_stage * Q_BYTES);
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+      int at = math * STAGES + stage;
+      u32 box = rings + at * TILE_BYTES;
+      barrier_wait(full + 8 * at, parity);
+#if DROPOUT
+      // A thread takes chunks of 8 columns, which are the elements of one Philox block.
+#pragma unroll 2
+      for (int k = 0; k < 4; ++k) {
+        int row = k * 16 + thread / 8, chunk = thread % 8;
+        Vec v = load_chunk(box, row, chunk);
+#if DROPOUT == 1
+        drop(dropout, (u64)(row0 + strip * STRIP + row) * cols + col0 + (2 * i + math) * 64 + chunk * 8, v);
+#else
+        drop_by_bits(masks + at * MASK_BYTES + row * 16, (2 * i + math) % 2 * 8 + chunk, v);
+#endif
+        store_chunk(box, row, chunk, v);
+      }
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      warpgroup_sync();
+#endif
+      u64 z = descriptor(box, 16);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < STRIP / 16; ++k) wgmma_narrow<true>(acc[i], z + k * ROWS_STEP, q + k * Q_STEP, 1);
+#if DOWN
+      u64 p = descriptor(p_tiles + (2 * i + math) * P_BYTES, 16);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wgmma_narrow<false>(down, z + k * DEPTH_STEP, p + k * DEPTH_STEP, i > 0 || k > 0);
+#endif
+      wgmma_commit();
+      if (i > 0) {
+        wgmma_wait<1>();
+        release(previous);
+      }
+      previous = stage;
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+#if DOWN
+    if (strip > 0) add_up(strip - 1);
+#endif
+    wgmma_wait<0>();
+    release(previous);
+    if (thread == 0) barrier_arrive(q_empty + 8 * q_stage);
+    if (++q_stage == Q_STAGES) q_stage = 0, q_parity ^= 1;
+#if DOWN
+    asm volatile("bar.sync 3, 256;" ::: "memory");  // both warpgroups have read the sums of the strip before
+    send_sums(down, strip);
 #endif
   }
+  float scale = DROPOUT == 2 ? bits.dropout.scale : DROPOUT ? dropout.scale : 1.f;
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i)
+#pragma unroll
+    for (int n = 0; n < RT / 8; ++n)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        int col = col0 + (2 * i + math) * 64 + warp * 16 + (c >> 1) * 8 + g, j = n * 8 + 2 * t + (c & 1);
+        if (col < cols) part[((i64)block * RT + j) * cols + col] = scale * acc[i][n][c];
+      }
+#if DOWN
+  add_up(strips - 1);
+#endif
 }

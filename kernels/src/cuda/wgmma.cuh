@@ -8,26 +8,38 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 leading_bytes) {
 }
 constexpr u32 DEPTH_STEP = 32 >> 4;  // 16 of depth along it, in descriptor units
 
-// d[8 columns][4] (+)= left · rightᵀ, 64 x N, of operands that lie along the depth.
+// d[8 columns][4] (+)= left · rightᵀ, 64 x N, of operands that lie along the depth, or both ACROSS it.
 #define F4OF(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define NARROW(n) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." HALF_NAME "." HALF_NAME " "
+template <bool ACROSS = false>
 __device__ __forceinline__ void wgmma_narrow(float (&d)[1][4], u64 left, u64 right, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n" NARROW("8") "{%0,%1,%2,%3}, %4, %5, p, 1, 1, 0, 0;\n}" : F4OF(d[0]) : "l"(left), "l"(right), "r"(accumulate));
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n" NARROW("8") "{%0,%1,%2,%3}, %4, %5, p, 1, 1, %7, %8;\n}"
+               : F4OF(d[0])
+               : "l"(left), "l"(right), "r"(accumulate), "n"(ACROSS), "n"(ACROSS));
 }
+template <bool ACROSS = false>
 __device__ __forceinline__ void wgmma_narrow(float (&d)[2][4], u64 left, u64 right, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n" NARROW("16") "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n" NARROW("16") "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, %11, %12;\n}"
                : F4OF(d[0]), F4OF(d[1])
-               : "l"(left), "l"(right), "r"(accumulate));
+               : "l"(left), "l"(right), "r"(accumulate), "n"(ACROSS), "n"(ACROSS));
 }
+template <bool ACROSS = false>
 __device__ __forceinline__ void wgmma_narrow(float (&d)[4][4], u64 left, u64 right, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n" NARROW("32") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, 0, 0;\n}"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n" NARROW("32") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, %19, %20;\n}"
                : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3])
-               : "l"(left), "l"(right), "r"(accumulate));
+               : "l"(left), "l"(right), "r"(accumulate), "n"(ACROSS), "n"(ACROSS));
 }
+template <bool ACROSS = false>
+__device__ __forceinline__ void wgmma_narrow(float (&d)[6][4], u64 left, u64 right, int accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n" NARROW("48") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, %24, %25, p, 1, 1, %27, %28;\n}"
+               : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]), F4OF(d[4]), F4OF(d[5])
+               : "l"(left), "l"(right), "r"(accumulate), "n"(ACROSS), "n"(ACROSS));
+}
+template <bool ACROSS = false>
 __device__ __forceinline__ void wgmma_narrow(float (&d)[8][4], u64 left, u64 right, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" NARROW("64") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" NARROW("64") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, %35, %36;\n}"
                : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]), F4OF(d[4]), F4OF(d[5]), F4OF(d[6]), F4OF(d[7])
-               : "l"(left), "l"(right), "r"(accumulate));
+               : "l"(left), "l"(right), "r"(accumulate), "n"(ACROSS), "n"(ACROSS));
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
