@@ -88,8 +88,7 @@ impl Launcher<'_> {
                 .clusters(&instance, size, || self.active_clusters(&function, grid))?,
             None => (self.kernels.multiprocessors() / group).max(1),
         };
-        let whole = if masking.bits().is_some() { 32 } else { 16 };
-        let block_rows = z.rows.div_ceil(groups).next_multiple_of(whole);
+        let block_rows = z.rows.div_ceil(groups).next_multiple_of(STRIP);
         let blocks = z.rows.div_ceil(block_rows);
         grid.blocks[0] = grid_x(group * blocks)?;
 

@@ -95,7 +95,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   if (threadIdx.x < SIDE_WARPS * SIDE_STAGES) barrier_init(shared_address(side_barriers) + 8 * threadIdx.x, 1);
 #endif
   if (threadIdx.x < 32) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  cluster_sync();
+  cluster_arrive_early(), cluster_wait();
 #if DOWN == 2
   if (tiles == 0) {
     make_rows(side0_map, down_map, down, flags, dropout, rows, depth, blockIdx.x, spare * CLUSTER, shared);

@@ -50,21 +50,9 @@ __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, 
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(); }
-
-// ---- rows to shared memory ---------------------------------------------------------------------
-// `count` rows of RANKS from `row0` on, zero from `rows` on; on their way until `await_copies`. By `threads` threads, a
-// multiple of 8.
-template <int RANKS>
-__device__ __forceinline__ void copy_rows(u32 dst, const T* src, int stride, int row0, int count, int rows, int thread, int threads) {
-  constexpr int VECS = RANKS / 8;
-#pragma unroll 1
-  for (int row = thread / VECS; row < count; row += threads / VECS) {
-    const T* from = src + (i64)min(row0 + row, rows - 1) * stride + thread % VECS * 8;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst + (row * VECS + thread % VECS) * 16), "l"(from), "r"(row0 + row < rows ? 16 : 0) : "memory");
-  }
-}
-// Of this thread: a barrier is still to follow.
-__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// At the start, where the others are to see nothing but barriers that `fence.mbarrier_init` has shown them: without a
+// memory barrier of the whole card.
+__device__ __forceinline__ void cluster_arrive_early() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
 // ---- fragments from shared memory --------------------------------------------------------------
 __device__ __forceinline__ void ldmatrix(u32 (&r)[4], u32 address) {

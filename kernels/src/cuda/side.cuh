@@ -23,6 +23,18 @@ constexpr int SIDE_BITS_BYTES = DROPOUT == 2 ? SIDE_WARPS * SIDE_STAGES * BITS_B
 
 __device__ __forceinline__ void side_sync() { asm volatile("bar.sync 3, %0;" ::"n"(SIDE_WARPS * 32) : "memory"); }
 
+// `count` rows of q from `row0` on, zero from `rows` on; on their way until `await_copies`.
+__device__ __forceinline__ void copy_rows(u32 dst, const T* src, int stride, int row0, int count, int rows, int thread) {
+  constexpr int VECS = SIDE_RANK / 8;
+#pragma unroll 1
+  for (int row = thread / VECS; row < count; row += SIDE_WARPS * 32 / VECS) {
+    const T* from = src + (i64)min(row0 + row, rows - 1) * stride + thread % VECS * 8;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst + (row * VECS + thread % VECS) * 16), "l"(from), "r"(row0 + row < rows ? 16 : 0) : "memory");
+  }
+}
+// Of this thread: a barrier is still to follow.
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 constexpr int PIECE_BYTES = 8 * BOX_COLS * 4;  // 8 ranks of a warp's columns
 
 // Puts the sums of all rows, which are laid out as for `store_across`, where they belong, through the warp's piece of
@@ -96,7 +108,7 @@ __device__ __forceinline__ void side_work(
     if (unit.second)
       for (int row = row0; row < min(row0 + count, rows); row += 128) await_count(flags.ready(row), READY);
 #endif
-    copy_rows<SIDE_RANK>(q_address, unit.second ? side.q1 : side.q0, unit.second ? side.ldq1 : side.ldq0, row0, count, rows, thread, SIDE_WARPS * 32);
+    copy_rows(q_address, unit.second ? side.q1 : side.q0, unit.second ? side.ldq1 : side.ldq0, row0, count, rows, thread);
   };
   auto add_strips = [&](auto masked, const SideUnit& unit, const SideUnit& next, int& stage, u32& parity) {
     constexpr bool MASKED = decltype(masked)::value;

@@ -3,7 +3,7 @@
 //           part[block][j, c] = sum over the rows m of a block of q[m, j] * D(z)[m, c]
 // DOWN 1    s[m, j] = scale_j * sum over columns c of D(z)[m, c] * p[j, c] as well
 //
-// A group of blocks, a cluster with DOWN, takes `block_rows` rows, a multiple of 16, and splits their columns. One warp of
+// A group of blocks, a cluster with DOWN, takes `block_rows` rows, a multiple of 64, and splits their columns. One warp of
 // a block loads tiles of 64 x 64 into rings. Two warpgroups take every other tile of a row of them and multiply from there
 // (wgmma): zᵀ q, whose sums stay in registers for all rows, and z pᵀ, whose sums the blocks of a group send each other
 // after every 64 rows. A block adds up its share of those while it multiplies the next, always in the same order.
@@ -27,6 +27,8 @@ constexpr int ROOM = 226 << 10;  // as in sweep.rs
 constexpr int STAGES = (ROOM - Q_STAGES * Q_BYTES - 2 * PAIRS * P_BYTES - 2 * MEET_BYTES) / (2 * (TILE_BYTES + MASK_BYTES));
 static_assert(STAGES >= 2, "a tile is to be on its way while another is read");
 constexpr int SIDE_BY_SIDE = STAGES < 4 ? 2 * STAGES : 8;  // tiles that are loaded together
+constexpr int REST = 2 * PAIRS - SIDE_BY_SIDE;
+static_assert((REST < SIDE_BY_SIDE ? REST : SIDE_BY_SIDE) / 2 < STAGES, "the next of a row must not wait for the last that is multiplied");
 
 // A mask as bits: read by DROPOUT 2, written by BITS.
 struct Bits {
@@ -66,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   u32 full = shared_address(barriers), empty = full + 2 * STAGES * 8, q_full = empty + 2 * STAGES * 8, q_empty = q_full + Q_STAGES * 8, met = q_empty + Q_STAGES * 8;
 
   int rank = blockIdx.x % group, block = blockIdx.x / group, warpgroup = threadIdx.x / 128;
-  int row0 = block * block_rows, end = min(rows, row0 + block_rows), strips = (end - row0 + STRIP - 1) / STRIP, col0 = rank * 2 * PAIRS * 64;
+  int row0 = block * block_rows, strips = (min(block_rows, rows - row0) + STRIP - 1) / STRIP, col0 = rank * 2 * PAIRS * 64;
   // This block's rows of a strip, of which it adds up the sums of DOWN.
   auto first_own = [&](int block) { return (STRIP * block + group - 1) / group; };
   int most_own = first_own(1), own = first_own(rank + 1) - first_own(rank);
@@ -78,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  if (DOWN) cluster_arrive();  // the blocks of a group may send once all have
+  if (DOWN) cluster_arrive_early();  // the blocks of a group may send once all have
 
   if (warpgroup < SERVICE) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(SERVICE_REGISTERS));
@@ -89,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
       u32 parity = 0, q_parity = 0;
       for (int strip = 0; strip < strips; ++strip) {
         int row = row0 + strip * STRIP;
-        int masked = DROPOUT != 2 ? 0 : end - row > 32 ? 2 : 1;  // 32 rows each; `block_rows` is a multiple of those
+        int masked = DROPOUT != 2 ? 0 : rows - row > 32 ? 2 : 1;  // 32 rows each
         barrier_wait(q_empty + 8 * q_stage, q_parity ^ 1);
         barrier_expect(q_full + 8 * q_stage, Q_BYTES);
         load_box(q_ring + q_stage * Q_BYTES, q_map, 0, row, q_full + 8 * q_stage);
@@ -104,10 +106,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
             barrier_wait(empty + 8 * at, parity ^ (stage + i / 2 < STAGES));
             barrier_expect(full + 8 * at, TILE_BYTES + masked * BITS_BYTES + (with_p ? P_BYTES : 0));
           }
-          for (int part = 0; part < STRIP; part += LOAD_ROWS) {
-            int from = row + part < end ? row + part : rows;  // zeros in place of the next block's
-            for (int i = 0; i < count; ++i) load_box(rings + place(i) * TILE_BYTES + part * 128, z_map, col0 + (first + i) * 64, from, full + 8 * place(i));
-          }
+          for (int part = 0; part < STRIP; part += LOAD_ROWS)
+            for (int i = 0; i < count; ++i)
+              load_box(rings + place(i) * TILE_BYTES + part * 128, z_map, col0 + (first + i) * 64, row + part, full + 8 * place(i));
           for (int i = 0; i < count; ++i) {
             int at = place(i), col = col0 + (first + i) * 64;
             if (with_p) load_box(p_tiles + (first + i) * P_BYTES, p_map, col, 0, full + 8 * at);
@@ -166,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
       }
       float scale = scales.of[pair / 8];
       if (DROPOUT) scale *= dropout.scale;
-      if (row < end) *reinterpret_cast<u32*>(s + (i64)row * lds + 2 * pair) = pack_halves(scale * sum.x, scale * sum.y);
+      if (row < rows) *reinterpret_cast<u32*>(s + (i64)row * lds + 2 * pair) = pack_halves(scale * sum.x, scale * sum.y);
     }
   };
   float down[RT / 8][4];
