@@ -119,7 +119,7 @@ impl Launcher<'_> {
             early.value.programmaticStreamSerializationAllowed = 1;
             config.numAttrs += 1;
         }
-        let alone = streams::alone(self.stream)?;
+        let alone = streams::alone(self.stream, grid.waits)?;
         if grid.waits && alone.is_none() {
             let together = &mut attributes[config.numAttrs as usize];
             together.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;

@@ -51,11 +51,11 @@
 //! CUDA toolkit; running it needs the driver, NVRTC and cuBLASLt.
 //!
 //! Tiles that use an `S` made by others wait for it. As long as one stream of a device launches kernels of this
-//! crate, it launches such kernels like any others. Once another stream does, which then awaits the first once, and
-//! in graphs and under the Multi-Process Service, two of them might wait for multiprocessors that neither gives up:
-//! there the driver starts all their blocks at once or none (a cooperative launch), which costs a few microseconds.
-//! A program that launches other libraries' cooperative kernels beside should let a second stream launch one of
-//! this crate's first.
+//! crate, it launches such kernels like any others. Where more do, where a stream records a graph and under the
+//! Multi-Process Service, two of them might wait for multiprocessors that neither gives up: from then on the driver
+//! starts all their blocks at once or none (a cooperative launch), which costs a few microseconds. The first launch of
+//! a second stream awaits all that the device has to do. Before a graph is replayed beside the first stream, that
+//! stream's work is to be awaited.
 //!
 //! From Hopper on a kernel starts while the one before it in the stream drains (programmatic
 //! dependent launch), if both are of this crate; that needs no care of the caller.

@@ -21,6 +21,9 @@ const MOST_GROUP: usize = 8;
 /// Most ranks.
 pub(crate) const MOST: usize = 64;
 
+/// Most rows and columns that the kernel can count.
+const MOST_SIZE: usize = 1 << 30;
+
 /// Most pairs of tiles in a row of a block, by the registers that a warpgroup has for the sums of one of each.
 pub(crate) const fn most_pairs(ranks: usize) -> usize {
     if ranks == 16 { 14 } else { 256 / ranks }
@@ -46,8 +49,8 @@ impl Launcher<'_> {
         self.kernels.arch() == "sm_90a"
             && T::DTYPE != DType::F32
             && ranks <= MOST
-            && z.rows > 0
-            && z.cols > 0
+            && (1..=MOST_SIZE).contains(&z.rows)
+            && (1..=MOST_SIZE).contains(&z.cols)
             && self.aligned(z)
             && (!both || Columns::new(z.cols, ranks).group <= MOST_GROUP)
     }
