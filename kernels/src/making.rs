@@ -53,6 +53,7 @@ impl Launcher<'_> {
         let rest = |width: usize| micros(rows, width.saturating_sub(beside));
         let made = MAKING_BACKWARD + rest(out_features + in_features);
         let swept = SWEEP_START + micros(rows, out_features) + rest(in_features);
+        // With more than 32 ranks the pass was measured to cost more than it saves.
         self.makes_at_once(rows)
             && ranks <= MOST_MADE
             && (ranks > 32 || !self.sweeps(dys, ranks, true) || made < swept)
