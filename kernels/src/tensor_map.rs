@@ -34,7 +34,7 @@ impl TensorMap {
         Self::boxes::<T>(address, (rows, cols, stride), (box_rows, box_cols), swizzle)
     }
 
-    /// As [`Self::new`] for halves of at most 64 columns, in boxes of 16, 32 or 64 columns.
+    /// As [`Self::new`] for halves of 16, 32 or 64 columns, in boxes as wide.
     pub fn narrow<T: Element>(
         address: u64,
         (rows, cols, stride): (usize, usize, usize),

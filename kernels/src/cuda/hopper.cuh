@@ -73,19 +73,6 @@ __device__ __forceinline__ Vec load_chunk(u32 box, int row, int chunk) {
   return v;
 }
 
-__device__ __forceinline__ void store_chunk(u32 box, int row, int chunk, const Vec& v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(box, row, chunk)), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
-}
-
-// ---- qᵀ z of a warp ----------------------------------------------------------------------------
-// A warp takes 64 columns of z and adds up 16 ranks by 64 columns a tile: acc[tile][8 columns].
-constexpr int BOX_ROWS = 32, BOX_COLS = 64, BOX_BYTES = BOX_ROWS * BOX_COLS * 2;
-
-// qᵀ of 16 rows and 16 ranks, from rows of `ranks` at `address`.
-__device__ __forceinline__ void load_q(u32 (&a)[4], u32 address, int ranks, int lane) {
-  ldmatrix_transposed(a, address + (((lane >> 4) * 8 + (lane & 7)) * ranks + (lane >> 3 & 1) * 8) * 2);
-}
-
 // ---- dropout by bits ---------------------------------------------------------------------------
 // Drawing a mask costs more than reading it, so what reads one often takes it from memory, a bit an
 // element: keep[row / 32][128 columns][row % 32][4] words, of which word t has bit 2j + c for column
@@ -131,75 +118,4 @@ __device__ __forceinline__ void store_bits(const Dropout& d, u32* keep, int unit
 // Fetches the bits of a box of 64 columns, with those of its neighbour.
 __device__ __forceinline__ void load_box_bits(u32 dst, const u32* keep, int row, int col, int cols, u32 bar) {
   load_bytes(dst, bits_at(keep, row, min(col, cols - 1), cols), BITS_BYTES, bar);
-}
-
-// The bits of 16 rows of a box for the fragments of `add_across`: rows 2t (low half) and 2t + 1 (high
-// half), and the same 8 rows on; bit 2j is for the thread's column of tile j.
-__device__ __forceinline__ void load_pairs(u32 (&pairs)[2], u32 bits, int i, int col, int lane) {
-  int g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    u32 at = bits + (i * 16 + half * 8 + 2 * t) * 16 + (g >> 1) * 4 + (col >> 6 & 1) * 2;
-    unsigned short even, odd;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(even) : "r"(at));
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(odd) : "r"(at + 16));
-    pairs[half] = (even | (u32)odd << 16) >> (g & 1);
-  }
-}
-
-__device__ __forceinline__ u32 masked(u32 two, u32 pair, int tile) {
-  // The bits of tiles `tile` and `tile ^ 4` become the signs of bytes, which fill halves.
-  u32 signs = pair << (7 - 2 * (tile & 3)), keep;
-  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(keep) : "r"(signs), "r"(tile & 4 ? 0xbb99 : 0xaa88));
-  return two & keep;
-}
-
-// Zeroes what is dropped of chunk `chunk` of 8 of 128 columns whose words are at `words` in shared memory.
-__device__ __forceinline__ void drop_by_bits(u32 words, int chunk, Vec& v) {
-  Vec keep;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(keep.w[0]), "=r"(keep.w[1]), "=r"(keep.w[2]), "=r"(keep.w[3]) : "r"(words));
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    u32 two = keep.w[w] >> (2 * chunk);
-    v.w[w] &= (two & 1 ? 0xffff : 0) | (two & 2 ? 0xffff0000u : 0);
-  }
-}
-
-// ---- sums ----------------------------------------------------------------------------------------
-// Adds the 16 rows from row 16 * i of a box on.
-template <int TILES, bool MASKED>
-__device__ __forceinline__ void add_across(float (&acc)[TILES][8][4], const u32 (&a)[TILES][4], u32 box, int i, u32 bits, int col, int lane) {
-  u32 b[4][4];
-#pragma unroll
-  for (int pair = 0; pair < 4; ++pair)  // 16 columns
-    ldmatrix_transposed(b[pair], swizzled(box, i * 16 + (lane & 15), pair * 2 + (lane >> 4)));
-  if constexpr (MASKED) {
-    u32 pairs[2];
-    load_pairs(pairs, bits, i, col, lane);
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) b[pair][r] = masked(b[pair][r], pairs[r & 1], 2 * pair + (r >> 1));
-  }
-#pragma unroll
-  for (int pair = 0; pair < 4; ++pair)
-#pragma unroll
-    for (int j = 0; j < TILES; ++j) {
-      mma(acc[j][2 * pair], a[j][0], a[j][1], a[j][2], a[j][3], b[pair][0], b[pair][1]);
-      mma(acc[j][2 * pair + 1], a[j][0], a[j][1], a[j][2], a[j][3], b[pair][2], b[pair][3]);
-    }
-}
-
-// part[ranks, cols] = scale * acc, columns from col0 on.
-template <int TILES>
-__device__ __forceinline__ void store_across(const float (&acc)[TILES][8][4], float scale, float* part, int col0, int cols, int lane) {
-#pragma unroll
-  for (int j = 0; j < TILES; ++j)
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        int rank = j * 16 + h * 8 + (lane >> 2), col = col0 + e * 8 + 2 * (lane & 3);
-        if (col < cols) *reinterpret_cast<float2*>(part + (i64)rank * cols + col) = make_float2(scale * acc[j][e][2 * h], scale * acc[j][e][2 * h + 1]);
-      }
 }

@@ -16,6 +16,74 @@ struct Side {
 };
 
 #if SIDE
+// ---- qᵀ z of a warp ----------------------------------------------------------------------------
+// A warp takes 64 columns of z and adds up 16 ranks by 64 columns a step of the rank: acc[step][8 columns].
+constexpr int BOX_ROWS = 32, BOX_COLS = 64, BOX_BYTES = BOX_ROWS * BOX_COLS * 2;
+
+// qᵀ of 16 rows and 16 ranks, from rows of `ranks` at `address`.
+__device__ __forceinline__ void load_q(u32 (&a)[4], u32 address, int ranks, int lane) {
+  ldmatrix_transposed(a, address + (((lane >> 4) * 8 + (lane & 7)) * ranks + (lane >> 3 & 1) * 8) * 2);
+}
+
+// The bits of 16 rows of a box for the fragments of `add_across`: rows 2t (low half) and 2t + 1 (high
+// half), and the same 8 rows on; bit 2j is for the thread's column of tile j.
+__device__ __forceinline__ void load_pairs(u32 (&pairs)[2], u32 bits, int i, int col, int lane) {
+  int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    u32 at = bits + (i * 16 + half * 8 + 2 * t) * 16 + (g >> 1) * 4 + (col >> 6 & 1) * 2;
+    unsigned short even, odd;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(even) : "r"(at));
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(odd) : "r"(at + 16));
+    pairs[half] = (even | (u32)odd << 16) >> (g & 1);
+  }
+}
+
+__device__ __forceinline__ u32 masked(u32 two, u32 pair, int tile) {
+  // The bits of tiles `tile` and `tile ^ 4` become the signs of bytes, which fill halves.
+  u32 signs = pair << (7 - 2 * (tile & 3)), keep;
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(keep) : "r"(signs), "r"(tile & 4 ? 0xbb99 : 0xaa88));
+  return two & keep;
+}
+
+// Adds the 16 rows from row 16 * i of a box on.
+template <bool MASKED>
+__device__ __forceinline__ void add_across(float (&acc)[RANK_STEPS][8][4], const u32 (&a)[RANK_STEPS][4], u32 box, int i, u32 bits, int col, int lane) {
+  u32 b[4][4];
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair)  // 16 columns
+    ldmatrix_transposed(b[pair], swizzled(box, i * 16 + (lane & 15), pair * 2 + (lane >> 4)));
+  if constexpr (MASKED) {
+    u32 pairs[2];
+    load_pairs(pairs, bits, i, col, lane);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) b[pair][r] = masked(b[pair][r], pairs[r & 1], 2 * pair + (r >> 1));
+  }
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair)
+#pragma unroll
+    for (int j = 0; j < RANK_STEPS; ++j) {
+      mma(acc[j][2 * pair], a[j][0], a[j][1], a[j][2], a[j][3], b[pair][0], b[pair][1]);
+      mma(acc[j][2 * pair + 1], a[j][0], a[j][1], a[j][2], a[j][3], b[pair][2], b[pair][3]);
+    }
+}
+
+// part[ranks, cols] = acc, columns from col0 on.
+__device__ __forceinline__ void store_across(const float (&acc)[RANK_STEPS][8][4], float* part, int col0, int cols, int lane) {
+#pragma unroll
+  for (int j = 0; j < RANK_STEPS; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        int rank = j * 16 + h * 8 + (lane >> 2), col = col0 + e * 8 + 2 * (lane & 3);
+        if (col < cols) *reinterpret_cast<float2*>(part + (i64)rank * cols + col) = make_float2(acc[j][e][2 * h], acc[j][e][2 * h + 1]);
+      }
+}
+
+// ---- units of side work ------------------------------------------------------------------------
 constexpr int SIDE_WARPS = 8, SIDE_STAGES = 4, SIDE_CHUNK = SIDE_WARPS * BOX_COLS;
 constexpr int SIDE_RANK = 16 * RANK_STEPS, SIDE_RING_BYTES = SIDE_WARPS * SIDE_STAGES * BOX_BYTES;
 constexpr int Q_ROWS = 2048 / RANK_STEPS;  // rows of q that stand in shared memory
@@ -128,7 +196,7 @@ __device__ __forceinline__ void side_work(
         u32 a[RANK_STEPS][4];
 #pragma unroll
         for (int j = 0; j < RANK_STEPS; ++j) load_q(a[j], q_at + i * 16 * SIDE_RANK * 2 + j * 32, SIDE_RANK, lane);
-        add_across<RANK_STEPS, MASKED>(acc, a, ring + stage * BOX_BYTES, i, ring_bits + stage * BITS_BYTES, unit.col0, lane);
+        add_across<MASKED>(acc, a, ring + stage * BOX_BYTES, i, ring_bits + stage * BITS_BYTES, unit.col0, lane);
       }
       __syncwarp();
       int ahead = strip + SIDE_STAGES;
@@ -137,7 +205,7 @@ __device__ __forceinline__ void side_work(
       if (++stage == SIDE_STAGES) stage = 0, parity ^= 1;
     }
     const Sum& sum = unit.second ? side.sum1 : side.sum0;
-    if (unit.segment >= 0) store_across(acc, 1.f, const_cast<float*>(sum.part) + unit.segment * sum.stride, unit.col0, sum.cols, lane);
+    if (unit.segment >= 0) store_across(acc, const_cast<float*>(sum.part) + unit.segment * sum.stride, unit.col0, sum.cols, lane);
     else put_across(acc, sum, unit.col0, piece, lane);
   };
 

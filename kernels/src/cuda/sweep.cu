@@ -8,7 +8,7 @@
 // (wgmma): zᵀ q, whose sums stay in registers for all rows, and z pᵀ, whose sums the blocks of a group send each other
 // after every 64 rows. A block adds up its share of those while it multiplies the next, always in the same order.
 //
-// Options: DTYPE 1 or 2, RT ranks (16, 32, 48 or 64), PAIRS of tiles in a row of a block (for the registers of their sums
+// Options: DTYPE 1 or 2, RT ranks (16, 32 or 64), PAIRS of tiles in a row of a block (for the registers of their sums
 // see `most_pairs` in sweep.rs), DROPOUT 0, 1 = z is masked by counter, 2 = by bits (DOWN 0). BITS 1 = draw those of
 // another matrix on the way, since the arithmetic units have time while memory has none.
 constexpr int STRIP = 64;      // rows of a tile, whose columns are 64 too
@@ -17,8 +17,7 @@ constexpr int TILE_BYTES = STRIP * 128;
 constexpr int SERVICE = BITS && RT == 16 ? 2 : 1;  // warpgroups that load and draw
 constexpr int THREADS = (SERVICE + 2) * 128;
 constexpr int SERVICE_REGISTERS = BITS ? 88 : 40, MATH_REGISTERS = !BITS ? 232 : SERVICE == 2 ? 168 : 208;
-constexpr int Q_COLS = RT == 48 ? 64 : RT;
-constexpr int Q_STAGES = 4, Q_BYTES = STRIP * Q_COLS * 2;
+constexpr int Q_STAGES = 4, Q_BYTES = STRIP * RT * 2;
 constexpr int P_BYTES = DOWN ? RT * 128 : 0;  // for one tile
 constexpr int MOST_GROUP = 8;
 constexpr int MEET_BYTES = DOWN ? 2 * (STRIP + MOST_GROUP) * RT * 4 : 0;  // of both warpgroups of all blocks
@@ -37,12 +36,26 @@ struct Bits {
   Dropout dropout;
 };
 
-// q of 16 rows and all ranks, which lies across the depth in rows of Q_COLS.
-__device__ __forceinline__ u64 q_descriptor(u32 address) {
-  constexpr u64 SWIZZLE = Q_COLS == 16 ? 3 : Q_COLS == 32 ? 2 : 1;
-  return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(8 * Q_COLS * 2 >> 4) << 32 | SWIZZLE << 62;
+__device__ __forceinline__ void store_chunk(u32 box, int row, int chunk, const Vec& v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(box, row, chunk)), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
-constexpr u32 Q_STEP = 16 * Q_COLS * 2 >> 4, ROWS_STEP = 16 * 128 >> 4;
+// Zeroes what is dropped of chunk `chunk` of 8 of 128 columns whose words are at `words` in shared memory.
+__device__ __forceinline__ void drop_by_bits(u32 words, int chunk, Vec& v) {
+  Vec keep;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(keep.w[0]), "=r"(keep.w[1]), "=r"(keep.w[2]), "=r"(keep.w[3]) : "r"(words));
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    u32 two = keep.w[w] >> (2 * chunk);
+    v.w[w] &= (two & 1 ? 0xffff : 0) | (two & 2 ? 0xffff0000u : 0);
+  }
+}
+
+// q of 16 rows and all ranks, which lies across the depth in rows of RT.
+__device__ __forceinline__ u64 q_descriptor(u32 address) {
+  constexpr u64 SWIZZLE = RT == 16 ? 3 : RT == 32 ? 2 : 1;
+  return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(8 * RT * 2 >> 4) << 32 | SWIZZLE << 62;
+}
+constexpr u32 Q_STEP = 16 * RT * 2 >> 4, ROWS_STEP = 16 * 128 >> 4;
 
 __device__ __forceinline__ u32 in_block(u32 address, u32 block) {
   u32 remote;
@@ -57,7 +70,7 @@ __device__ __forceinline__ void send(u32 to, float x, float y, u32 bar) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     const __grid_constant__ TensorMap z_map,  // [rows, cols], box 64 x 16
     const __grid_constant__ TensorMap p_map,  // [RT, cols or padded cols], box 64 x RT
-    const __grid_constant__ TensorMap q_map,  // [rows, RT], box Q_COLS x 64
+    const __grid_constant__ TensorMap q_map,  // [rows, RT], box RT x 64
     T* __restrict__ s,                        // [rows, lds]
     float* __restrict__ part,                 // [blocks, RT, cols]
     int rows, int cols, int lds, int block_rows, int group, const __grid_constant__ Scales scales, Dropout dropout, const __grid_constant__ Bits bits) {
@@ -106,9 +119,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
             barrier_wait(empty + 8 * at, parity ^ (stage + i / 2 < STAGES));
             barrier_expect(full + 8 * at, TILE_BYTES + masked * BITS_BYTES + (with_p ? P_BYTES : 0));
           }
-          for (int part = 0; part < STRIP; part += LOAD_ROWS)
+          for (int from = 0; from < STRIP; from += LOAD_ROWS)
             for (int i = 0; i < count; ++i)
-              load_box(rings + place(i) * TILE_BYTES + part * 128, z_map, col0 + (first + i) * 64, row + part, full + 8 * place(i));
+              load_box(rings + place(i) * TILE_BYTES + from * 128, z_map, col0 + (first + i) * 64, row + from, full + 8 * place(i));
           for (int i = 0; i < count; ++i) {
             int at = place(i), col = col0 + (first + i) * 64;
             if (with_p) load_box(p_tiles + (first + i) * P_BYTES, p_map, col, 0, full + 8 * at);

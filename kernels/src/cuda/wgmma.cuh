@@ -30,12 +30,6 @@ __device__ __forceinline__ void wgmma_narrow(float (&d)[4][4], u64 left, u64 rig
                : "l"(left), "l"(right), "r"(accumulate), "n"(ACROSS), "n"(ACROSS));
 }
 template <bool ACROSS = false>
-__device__ __forceinline__ void wgmma_narrow(float (&d)[6][4], u64 left, u64 right, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n" NARROW("48") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, %24, %25, p, 1, 1, %27, %28;\n}"
-               : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]), F4OF(d[4]), F4OF(d[5])
-               : "l"(left), "l"(right), "r"(accumulate), "n"(ACROSS), "n"(ACROSS));
-}
-template <bool ACROSS = false>
 __device__ __forceinline__ void wgmma_narrow(float (&d)[8][4], u64 left, u64 right, int accumulate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" NARROW("64") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, %35, %36;\n}"
                : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]), F4OF(d[4]), F4OF(d[5]), F4OF(d[6]), F4OF(d[7])
