@@ -22,7 +22,7 @@ use crate::reduce::{Gradient, Sum};
 use crate::rows::{Rows, padded_rank};
 use crate::side::{Parts, SideWork};
 use crate::skinny::{RowsMut, Scales};
-use crate::sweep::Down;
+use crate::sweep::{Down, Next, Swept};
 
 /// What a backward returns.
 #[derive(Debug)]
@@ -136,15 +136,25 @@ impl Kernels {
             let beside = hopper && cols <= MOST_MADE && flags.is_some();
             let mut ds = launcher.alloc("the rank-sized gradient", rows * cols)?;
             let made =
-                beside && linear.undropped() && launcher.makes_backward(dys, in_features, cols);
+                beside && post.is_none() && launcher.makes_backward(dys, xs, cols, pre.is_some());
             // Where a mask is read, dS holds its scale, for dx and dA.
-            let (mask, scale) = pre.filter(|_| hopper).map(Mask::split).unzip();
+            let (mask, mask_scale) = pre.filter(|_| hopper).map(Mask::split).unzip();
+            let scale = linear.scaling * mask_scale.unwrap_or(1.0);
             let mut bits = mask
                 .map(|mask| launcher.bits((rows, in_features), mask))
                 .transpose()?;
-            let b_part = if made {
-                None
+            let a_beside = beside && launcher.aligned(xs);
+            let swept = if made {
+                bits.as_mut().map_or(Ok(()), |bits| launcher.draw(bits))?;
+                Swept::default()
             } else {
+                let first_col = match (hopper, pre) {
+                    (true, _) if !a_beside => None,
+                    (true, _) => launcher.sweeps_from(dys, xs, cols),
+                    // The mask that is drawn there is not that of the same pass.
+                    (false, Some(_)) => None,
+                    (false, None) => launcher.sweeps_next(dys, cols, xs, xs.cols).then_some(0),
+                };
                 let mut columns = RowsMut {
                     data: ds.as_view_mut(),
                     cols,
@@ -152,24 +162,27 @@ impl Kernels {
                 };
                 let down = Down {
                     p: &packed.b_rows(),
-                    scales: &Scales::all(linear.scaling * scale.unwrap_or(1.0)),
+                    scales: &Scales::all(scale),
                     s: &mut columns,
                     bits: bits.as_mut(),
+                    next: first_col.map(|first_col| Next { xs, first_col }),
                 };
                 launcher.shrink_and_outer(dys, down, &s, post)?
             };
             let masking = bits.as_ref().map_or(Masking::drawn(pre), Masking::Read);
             let a_grad = Gradient::of_a(&launcher, a_grad, rank, accumulate);
             let b_grad = Gradient::of_b(&launcher, b_grad, rank, accumulate);
-            let a_beside = beside && launcher.aligned(xs);
-            let b_beside = beside && b_part.is_none() && post.is_none();
-            let swept = b_part.as_ref().map(|part| Sum::new(part, &b_grad));
+            let b_beside = beside && swept.outer.is_none() && post.is_none();
+            // What is not swept of the gradient of A.
+            let a_cols = swept.next.as_ref().map_or(xs.cols, |next| next.made.start);
+            let of_a = swept.next.as_ref().map(|part| Sum::new(part, &a_grad));
+            let of_b = swept.outer.as_ref().map(|part| Sum::new(part, &b_grad));
+            let mut sums: Vec<Sum> = of_a.into_iter().chain(of_b).collect();
             let side = (a_beside || b_beside).then(|| SideWork {
-                a: a_beside.then_some((xs, &a_grad)),
+                a: a_beside.then_some((xs, &a_grad, a_cols)),
                 b: b_beside.then_some((&s, &b_grad)),
-                before: swept,
+                before: std::mem::take(&mut sums),
             });
-            let b_done = b_beside || side.as_ref().is_some_and(|side| side.before.is_some());
             let (dxs, parts) = match input {
                 InputGradient::Wanted => {
                     let given;
@@ -177,7 +190,7 @@ impl Kernels {
                         Low::Made(Made {
                             down: &packed.b_rows(),
                             ranks: cols,
-                            scale: linear.scaling,
+                            scale,
                             into: &mut ds,
                             by: Maker::FirstTiles,
                         })
@@ -194,16 +207,17 @@ impl Kernels {
             };
             let ds = Rows::packed(ds.as_view(), rows, cols);
             let a_part = match parts.a {
-                None if !a_beside => Some(launcher.outer(xs, &ds, masking)?),
+                None if !a_beside && a_cols > 0 => Some(launcher.outer(xs, &ds, masking)?),
                 left => left,
             };
-            let b_part = match b_part.filter(|_| !b_done).or(parts.b) {
-                None if !b_done => Some(launcher.outer(dys, &s, Masking::drawn(post))?),
+            let b_part = match parts.b {
+                None if !b_beside && swept.outer.is_none() => {
+                    Some(launcher.outer(dys, &s, Masking::drawn(post))?)
+                }
                 left => left,
             };
-            let a_sum = a_part.as_ref().map(|part| Sum::new(part, &a_grad));
-            let b_sum = b_part.as_ref().map(|part| Sum::new(part, &b_grad));
-            let sums: Vec<Sum> = a_sum.into_iter().chain(b_sum).collect();
+            sums.extend(a_part.as_ref().map(|part| Sum::new(part, &a_grad)));
+            sums.extend(b_part.as_ref().map(|part| Sum::new(part, &b_grad)));
             launcher.reduce::<T>(&sums)?;
             Ok(dxs)
         })

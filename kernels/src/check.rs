@@ -150,17 +150,21 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
                     all.push((Kernel::ShrinkRing, options));
                 }
             }
-            for (down, dropout, bits) in [
-                (0, 0, 0),
-                (0, 1, 0),
-                (0, 2, 0),
-                (1, 0, 0),
-                (1, 0, 1),
-                (1, 1, 0),
+            let most = sweep::most_pairs(ranks as usize) as u32;
+            for (down, dropout, bits, next) in [
+                (0, 0, 0, 0),
+                (0, 1, 0, 0),
+                (0, 2, 0, 0),
+                (1, 0, 0, 0),
+                (1, 0, 1, 0),
+                (1, 1, 0, 0),
+                (1, 0, 0, most),
+                (1, 0, 1, most),
+                (1, 1, 0, most),
             ] {
-                for pairs in [1, sweep::most_pairs(ranks as usize) as u32] {
+                for pairs in [1, most] {
                     let options = [("DROPOUT", dropout), ("RT", ranks), ("PAIRS", pairs)];
-                    let products = [("DOWN", down), ("BITS", bits)];
+                    let products = [("DOWN", down), ("BITS", bits), ("NEXT", next)];
                     all.push((
                         Kernel::Sweep,
                         [&base[..], &options[..], &products[..]].concat(),
@@ -179,9 +183,11 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
             (1, 0, 0, 1),
             (1, 2, 0, 1),
             (1, 0, 1, 1),
+            (1, 2, 1, 1),
         ] {
             let steps: &[u32] = match (down, side) {
                 (2, _) => &[1, 2],
+                (1, _) if dropout == 2 => &[1, 2],
                 (0, 0) => &[1, 2, 3, 4],
                 _ => &[1, 2, 4], // of ranks up to 64
             };

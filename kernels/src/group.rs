@@ -166,8 +166,9 @@ impl Kernels {
             scales: &scales,
             s: &mut into,
             bits: None,
+            next: None,
         };
-        let part = launcher.shrink_and_outer(dys, down, &s, post)?;
+        let part = launcher.shrink_and_outer(dys, down, &s, post)?.outer;
         let ds = ds.as_view();
         let ds = columns.of(&ds, rows)?;
         let hopper = input == InputGradient::Wanted
@@ -179,7 +180,7 @@ impl Kernels {
                 && (part.is_some() || post.is_none() && s.cols <= MOST_MADE);
             let mut b_view = b.as_view_mut();
             let grad = Gradient::of_b(&launcher, &mut b_view, linear.rank, false);
-            let swept = part.as_ref().map(|part| Sum::new(part, &grad));
+            let swept = part.iter().map(|part| Sum::new(part, &grad)).collect();
             let side = beside.then_some(SideWork {
                 a: None,
                 b: part.is_none().then_some((&s, &grad)),

@@ -5,18 +5,22 @@ use crate::hopper::{CLUSTER, TILE};
 use crate::launch::Launcher;
 use crate::path::Preference;
 use crate::rows::Rows;
-use crate::side::{beside, busy};
+use crate::side::{self, CHUNK};
 
 /// Most ranks that a launch can make the rank-sized product of, or gradients of the adapter beside.
 pub(crate) const MOST_MADE: usize = 64;
+/// The same for the tiles of a masked output, by the registers they have.
+const MOST_MADE_MASKED: usize = 32;
 
-/// Microseconds that making S and dS adds to a product, measured on an H200 with cooperative launches; in
-/// backward with what it takes until the side work of all blocks is under way.
-const MAKING_FORWARD: f64 = 12.0;
-const MAKING_BACKWARD: f64 = 20.0;
+/// Microseconds that making S or dS adds to a product, measured on an H200 with cooperative launches.
+const MAKING: f64 = 12.0;
+/// Microseconds until side work of all blocks is under way.
+const SIDE_START: f64 = 8.0;
 /// Microseconds of a pass besides the reading.
 const SHRINK_START: f64 = 5.0;
 const SWEEP_START: f64 = 8.0;
+/// Microseconds to draw the mask of a million elements.
+const DRAWING: f64 = 0.42;
 
 impl Launcher<'_> {
     /// Whether S of `xs` costs less made by the product's first tiles than by a pass of its own.
@@ -25,7 +29,7 @@ impl Launcher<'_> {
             return ranks <= MOST_MADE;
         }
         let pass = SHRINK_START + micros(xs.rows, xs.cols) * (ranks as f64 / 16.0).sqrt();
-        self.makes_at_once(xs.rows) && ranks <= MOST_MADE && pass > MAKING_FORWARD
+        self.makes_at_once(xs.rows) && ranks <= MOST_MADE && pass > MAKING
     }
 
     /// Whether a cluster makes one tile of q at most. What several of them cost has not been measured.
@@ -34,29 +38,79 @@ impl Launcher<'_> {
     }
 
     /// Whether dS is better made by the product's first tiles, and both gradients of the adapter beside,
-    /// than dS and the gradient of B in one pass over `dys` before.
+    /// than dS and the gradient of B in one pass over `dys` before; `masked`: the bits of the mask of `xs` are drawn in a
+    /// pass of their own, or by that one.
     pub fn makes_backward<T: Element>(
         &self,
         dys: &Rows<T>,
-        in_features: usize,
+        xs: &Rows<T>,
         ranks: usize,
+        masked: bool,
     ) -> bool {
+        let most = if masked { MOST_MADE_MASKED } else { MOST_MADE };
         if self.kernels.preference() == Preference::Hopper {
-            return ranks <= MOST_MADE;
+            // Of those with a mask, some take the other way.
+            return ranks <= most && !(masked && xs.cols > CHUNK);
         }
-        let (rows, out_features) = (dys.rows, dys.cols);
+        let beside = self.beside(dys, xs.cols, ranks);
+        let rest = |width: usize| match width.saturating_sub(beside) {
+            0 => 0.0,
+            rest => SIDE_START + micros(xs.rows, rest),
+        };
+        let drawing = if masked {
+            DRAWING * 1e-6 * xs.rows as f64 * xs.cols as f64
+        } else {
+            0.0
+        };
+        let reading = micros(xs.rows, dys.cols);
+        let made = MAKING + drawing + rest(dys.cols + xs.cols);
+        // The arithmetic units have time to draw for most of the reading.
+        let drawn = (drawing - 0.7 * reading).max(0.0);
+        let swept = SWEEP_START + reading + drawn + rest(xs.cols);
+        // With more than 32 ranks the tiles wait for the rest longer than it takes to read.
+        let sweeps = match self.sweeps_from(dys, xs, ranks) {
+            None if ranks > 32 => false,
+            None => self.sweeps(dys, ranks, true),
+            Some(_) => true,
+        };
+        let worth = made < swept && ranks <= 32;
+        self.makes_at_once(xs.rows) && ranks <= most && (worth || !sweeps)
+    }
+
+    /// The column of `xs` from which on a pass over `dys` makes the gradient of A as well, so that what is before it can
+    /// be made beside the product by the clusters without tiles; none where they make all of it, or the pass cannot.
+    pub fn sweeps_from<T: Element>(
+        &self,
+        dys: &Rows<T>,
+        xs: &Rows<T>,
+        ranks: usize,
+    ) -> Option<usize> {
+        let wide = xs.cols;
+        let first = if self.kernels.preference() == Preference::Hopper {
+            // Small layers take this way too, if there is a chunk for each.
+            (wide > CHUNK).then_some(wide / 2 / CHUNK * CHUNK)?
+        } else {
+            let beside = self.beside(dys, wide, ranks);
+            let idle = self.spare(xs.rows, wide) / CLUSTER;
+            // As many chunks for each cluster.
+            let step = CHUNK * idle.max(1);
+            (beside < wide).then_some(beside / step * step)?
+        };
+        self.sweeps_next(dys, ranks, xs, wide - first)
+            .then_some(first)
+    }
+
+    /// Columns that the clusters without tiles read while the others make the gradient of the input.
+    fn beside<T>(&self, dys: &Rows<T>, in_features: usize, ranks: usize) -> usize {
+        let spare = self.spare(dys.rows, in_features);
+        side::beside(spare, (dys.cols, in_features), ranks)
+    }
+
+    /// Blocks without tiles.
+    fn spare(&self, rows: usize, in_features: usize) -> usize {
         let tiles = rows.div_ceil(TILE) * in_features.div_ceil(TILE);
         let clusters = self.kernels.multiprocessors() / CLUSTER;
-        let spare = CLUSTER * (clusters - busy(tiles, clusters).min(clusters));
-        // Columns that the clusters without tiles read meanwhile; the rest waits for the tiles.
-        let beside = beside(spare, (out_features, in_features), ranks);
-        let rest = |width: usize| micros(rows, width.saturating_sub(beside));
-        let made = MAKING_BACKWARD + rest(out_features + in_features);
-        let swept = SWEEP_START + micros(rows, out_features) + rest(in_features);
-        // With more than 32 ranks the pass was measured to cost more than it saves.
-        self.makes_at_once(rows)
-            && ranks <= MOST_MADE
-            && (ranks > 32 || !self.sweeps(dys, ranks, true) || made < swept)
+        CLUSTER * (clusters - side::busy(tiles, clusters).min(clusters))
     }
 }
 

@@ -1,5 +1,7 @@
 //! Gradients of adapters from partial sums.
 
+use std::ops::Range;
+
 use cudarc::driver::{CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop};
 
 use crate::element::{DType, Element};
@@ -57,8 +59,14 @@ impl<'a> Gradient<'a> {
         }
     }
 
-    /// The sum of `splits` partial sums `[ranks, cols]` from `part` on.
-    pub fn sum(&self, part: u64, splits: usize, (ranks, cols): (usize, usize)) -> SumArg {
+    /// The sum of `splits` partial sums `[ranks, cols]` from `part` on, of the columns `made`.
+    pub fn sum(
+        &self,
+        part: u64,
+        splits: usize,
+        (ranks, cols): (usize, usize),
+        made: Range<usize>,
+    ) -> SumArg {
         SumArg {
             part,
             grad: self.at,
@@ -66,11 +74,11 @@ impl<'a> Gradient<'a> {
             splits: splits as i32,
             rank: self.rank as i32,
             cols: cols as i32,
-            first_col: 0,
+            first_col: made.start as i32,
+            end_col: made.end as i32,
             transpose: i32::from(self.transpose),
             f32: i32::from(self.f32),
             accumulate: i32::from(self.accumulate),
-            padding: 0,
         }
     }
 }
@@ -98,14 +106,11 @@ impl<'a> Sum<'a> {
             splits,
             ranks,
             cols,
-            first_col,
+            ref made,
             ..
         } = *self.partial;
         let part = part + (self.first_rank * cols * size_of::<f32>()) as u64;
-        SumArg {
-            first_col: first_col as i32,
-            ..self.gradient.sum(part, splits, (ranks, cols))
-        }
+        self.gradient.sum(part, splits, (ranks, cols), made.clone())
     }
 }
 
@@ -124,8 +129,7 @@ impl Launcher<'_> {
             for (job, sum) in jobs.0.iter_mut().zip(some) {
                 let (part, guard) = sum.partial.part.device_ptr(self.stream);
                 guards.push(guard);
-                let cols = sum.partial.cols - sum.partial.first_col;
-                largest = largest.max(sum.gradient.rank * cols);
+                largest = largest.max(sum.gradient.rank * sum.partial.made.len());
                 *job = sum.arg(part);
             }
             let blocks = largest.div_ceil(UNIT * THREADS as usize / 32);
@@ -151,10 +155,10 @@ pub(crate) struct SumArg {
     rank: i32,
     cols: i32,
     first_col: i32,
+    end_col: i32,
     transpose: i32,
     f32: i32,
     accumulate: i32,
-    padding: i32,
 }
 
 #[derive(Clone, Copy, Default)]

@@ -2,7 +2,7 @@
 
 use cudarc::driver::DeviceRepr;
 
-use crate::hopper::SHARED_BYTES;
+use crate::hopper::{CLUSTER, SHARED_BYTES};
 use crate::reduce::{Gradient, Sum, SumArg};
 use crate::rows::Rows;
 use crate::skinny::Partial;
@@ -22,10 +22,11 @@ const FLOPS_PER_SIDE_BYTE: usize = 16_000;
 pub(crate) struct SideWork<'a, T> {
     /// Of B, from `S` of the forward `[rows, padded_rank]` and the input of the product.
     pub b: Option<(&'a Rows<'a, T>, &'a Gradient<'a>)>,
-    /// Of A, from the input of the layer, masked like the output, and `q`.
-    pub a: Option<(&'a Rows<'a, T>, &'a Gradient<'a>)>,
-    /// From the partial sums of the kernel before this one, where `q` is given.
-    pub before: Option<Sum<'a>>,
+    /// Of A, from the input of the layer, masked like the output, and `q`: its first columns, all or a multiple of
+    /// [`CHUNK`].
+    pub a: Option<(&'a Rows<'a, T>, &'a Gradient<'a>, usize)>,
+    /// From the partial sums of the kernel before this one, where `q` is given; two at most.
+    pub before: Vec<Sum<'a>>,
 }
 
 /// What [`SideWork`] leaves: partial sums of the columns that no block made all rows of.
@@ -37,13 +38,15 @@ pub(crate) struct Parts {
 
 /// Columns of a matrix that `spare` blocks read while the others make the product.
 pub(crate) fn beside(spare: usize, (w_rows, w_cols): (usize, usize), rank: usize) -> usize {
-    let slower = if rank > 32 { 2 } else { 1 };
+    let slower = if rank > 32 { 3 } else { 1 };
     spare * w_rows * w_cols / (slower * FLOPS_PER_SIDE_BYTE)
 }
 
 /// How side work is cut.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Units {
+    /// Chunks of columns of which the two blocks of a cluster make half of the rows each, before the others.
+    pub halved: usize,
     /// Chunks of columns that one block makes all rows of: no sums are left to add up.
     pub whole: usize,
     /// Rows of a unit of the other chunks.
@@ -61,16 +64,20 @@ impl Units {
     ) -> Self {
         let chunks: usize = cols.map(|cols| cols.div_ceil(CHUNK)).iter().sum();
         let all = cols[0] + cols[1] > beside;
+        let idle = spare / CLUSTER;
         // Where others help in the end, a tenth of the time is left for chance. More ranks take longer than
         // `beside` assumes, how much is not known well enough.
-        let each = match spare {
-            0 => 0,
-            _ if all && rank > 32 => 0,
-            _ if all => 9 * beside / (10 * CHUNK * spare),
-            _ => chunks / spare,
+        let (halved, whole) = match spare {
+            0 => (0, 0),
+            _ if all && rank > 32 => (0, 0),
+            _ if all => (0, chunks.min(spare * (9 * beside / (10 * CHUNK * spare)))),
+            _ if chunks.is_multiple_of(idle) => {
+                let halved = idle * (chunks / idle % 2);
+                (halved, chunks - halved)
+            }
+            _ => (0, spare * (chunks / spare)),
         };
-        let whole = chunks.min(spare * each);
-        let rest = chunks - whole;
+        let rest = chunks - halved - whole;
         let segment_rows = match (rest, all) {
             (0, _) => rows,
             (_, false) => rows.div_ceil(spare.max(1)),
@@ -80,6 +87,7 @@ impl Units {
                 .max(if rank > 32 { 512 } else { 256 }),
         };
         Self {
+            halved,
             whole,
             segment_rows: segment_rows.next_multiple_of(128),
             all,
@@ -88,7 +96,7 @@ impl Units {
 
     /// Columns of a product whose first chunk is number `first`, that whole units make.
     pub fn whole_cols(&self, first: usize, cols: usize) -> usize {
-        (self.whole.saturating_sub(first) * CHUNK).min(cols)
+        ((self.halved + self.whole).saturating_sub(first) * CHUNK).min(cols)
     }
 }
 
@@ -103,12 +111,13 @@ pub(crate) fn busy(tiles: usize, clusters: usize) -> usize {
 pub(crate) struct SideArg {
     pub q: [u64; 2],
     pub sums: [SumArg; 2],
-    pub before: SumArg,
+    pub before: [SumArg; 2],
+    pub halves: u64,
     pub strides: [i32; 2],
+    pub halved: i32,
     pub whole: i32,
     pub segment_rows: i32,
     pub all: i32,
-    pub padding: i32,
 }
 
 // SAFETY: plain words in the layout of the kernel's struct `Side`.
@@ -121,21 +130,26 @@ mod tests {
     #[test]
     fn few_blocks_take_whole_columns_where_they_divide() {
         let units = |cols, spare| Units::new((8192, cols, 16), (132, spare), 1 << 20);
-        let expected = |whole, segment_rows| Units {
+        let expected = |halved, whole, segment_rows| Units {
+            halved,
             whole,
             segment_rows,
             all: false,
         };
-        assert_eq!(units([0, 4096], 4), expected(8, 8192));
-        assert_eq!(units([14336, 4096], 4), expected(36, 8192));
-        assert_eq!(units([0, 5120], 4), expected(8, 2048));
-        assert_eq!(units([512, 8], 4), expected(0, 2048));
+        assert_eq!(units([0, 4096], 4), expected(0, 8, 8192));
+        assert_eq!(units([14336, 4096], 4), expected(0, 36, 8192));
+        assert_eq!(units([0, 5120], 4), expected(2, 8, 8192));
+        assert_eq!(units([0, 1024], 4), expected(2, 0, 8192));
+        assert_eq!(units([512, 8], 4), expected(2, 0, 8192));
+        assert_eq!(units([0, 512], 4), expected(0, 0, 2048));
+        assert_eq!(units([0, 0], 4), expected(0, 0, 8192));
     }
 
     #[test]
     fn all_blocks_take_what_is_left() {
         let units = |cols, rank, beside| Units::new((8192, cols, rank), (132, 4), beside);
         let expected = |whole, segment_rows| Units {
+            halved: 0,
             whole,
             segment_rows,
             all: true,

@@ -11,7 +11,7 @@ use crate::kernels::Kernel;
 use crate::launch::{Grid, Launcher, arg, grid_x};
 use crate::masking::Masking;
 use crate::rows::{Rows, padded_width};
-use crate::sweep::Down;
+use crate::sweep::{Down, Swept};
 
 /// Factors of the columns of S and dS, one for every 16 of them; as in tile.cuh.
 #[derive(Clone, Copy)]
@@ -127,17 +127,15 @@ impl Launcher<'_> {
         mut down: Down<T>,
         q: &Rows<T>,
         mask: Option<Mask>,
-    ) -> Result<Option<Partial>> {
-        let sweeps = self.sweeps(z, q.cols, true);
-        if !sweeps && let Some(bits) = down.bits.take() {
+    ) -> Result<Swept> {
+        if self.sweeps(z, q.cols, true) {
+            return self.sweep(z, q, Some(down), Masking::drawn(mask));
+        }
+        if let Some(bits) = down.bits.take() {
             self.draw(bits)?;
         }
-        if sweeps {
-            let partial = self.sweep(z, q, Some(down), Masking::drawn(mask))?;
-            return Ok(Some(partial));
-        }
         self.shrink(z, down.p, down.scales, mask, (down.s, false))?;
-        Ok(None)
+        Ok(Swept::default())
     }
 
     /// `out[rows, cols] = D(q pᵀ) + bias`, with `p` packed as padded cols by ranks.
@@ -194,8 +192,10 @@ impl Launcher<'_> {
 
     /// Partial sums of `qᵀ D(z)`: `[splits, q.cols, z.cols]`, to be added up by [`Self::reduce`].
     pub fn outer<T: Element>(&self, z: &Rows<T>, q: &Rows<T>, masking: Masking) -> Result<Partial> {
-        if self.sweeps(z, q.cols, false) {
-            return self.sweep(z, q, None, masking);
+        if self.sweeps(z, q.cols, false)
+            && let Some(partial) = self.sweep(z, q, None, masking)?.outer
+        {
+            return Ok(partial);
         }
         let (padded, mask) = (q.cols, masking.mask());
         if z.rows == 0 {
@@ -204,7 +204,7 @@ impl Launcher<'_> {
                 splits: 0,
                 ranks: padded,
                 cols: z.cols,
-                first_col: 0,
+                made: 0..z.cols,
             });
         }
         let tile = rank_tile(padded);
@@ -260,19 +260,18 @@ impl Launcher<'_> {
             splits,
             ranks: padded,
             cols: z.cols,
-            first_col: 0,
+            made: 0..z.cols,
         })
     }
 }
 
-/// Partial sums of a gradient, one for each split of the rows: `[splits, ranks, cols]`, of the columns from
-/// `first_col` on.
+/// Partial sums of a gradient, one for each split of the rows: `[splits, ranks, cols]`, of the columns `made`.
 pub(crate) struct Partial {
     pub part: CudaSlice<f32>,
     pub splits: usize,
     pub ranks: usize,
     pub cols: usize,
-    pub first_col: usize,
+    pub made: Range<usize>,
 }
 
 /// Ranks that one block handles.

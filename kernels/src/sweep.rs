@@ -1,6 +1,6 @@
 //! Launcher of Hopper's one-pass kernel, which makes both products of a matrix with rank-sized ones.
 
-use cudarc::driver::{CudaView, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use crate::element::{DType, Element};
 use crate::error::Result;
@@ -34,13 +34,29 @@ const fn service(ranks: usize, draws: bool) -> usize {
     if draws && ranks == 16 { 2 } else { 1 }
 }
 
-/// `s[rows, ranks] = scales · D(z) pᵀ`, and bits to draw on the way.
+/// `s[rows, ranks] = scales · D(z) pᵀ`, bits to draw on the way, and what `s` is for next.
 pub(crate) struct Down<'a, 'b, T> {
     /// Ranks by padded width of z.
     pub p: &'a CudaView<'a, T>,
     pub scales: &'a Scales,
     pub s: &'a mut RowsMut<'b, T>,
     pub bits: Option<&'a mut Bits>,
+    pub next: Option<Next<'a, T>>,
+}
+
+/// Partial sums to make of `sᵀ D(xs)`, columns from `first_col` on, masked by the bits that are drawn, if any.
+pub(crate) struct Next<'a, T> {
+    pub xs: &'a Rows<'a, T>,
+    pub first_col: usize,
+}
+
+/// What a pass makes: nothing where it cannot.
+#[derive(Default)]
+pub(crate) struct Swept {
+    /// Of `qᵀ D(z)`.
+    pub outer: Option<Partial>,
+    /// Of [`Next`].
+    pub next: Option<Partial>,
 }
 
 impl Launcher<'_> {
@@ -55,6 +71,20 @@ impl Launcher<'_> {
             && (!both || Columns::new(z.cols, ranks).group <= MOST_GROUP)
     }
 
+    /// Whether [`Self::sweep`] of both products of `z` can go on through `cols` columns of `xs`.
+    pub fn sweeps_next<T: Element>(
+        &self,
+        z: &Rows<T>,
+        ranks: usize,
+        xs: &Rows<T>,
+        cols: usize,
+    ) -> bool {
+        self.sweeps(z, ranks, true)
+            && (1..=MOST_SIZE).contains(&xs.cols)
+            && self.aligned(xs)
+            && Columns::new(z.cols, ranks).pairs_of(cols) <= most_pairs(ranks)
+    }
+
     /// One pass over `z` for partial sums of `qᵀ D(z)`, and for `down`.
     pub fn sweep<T: Element>(
         &self,
@@ -62,10 +92,13 @@ impl Launcher<'_> {
         q: &Rows<T>,
         down: Option<Down<T>>,
         masking: Masking,
-    ) -> Result<Partial> {
+    ) -> Result<Swept> {
         let ranks = q.cols;
         let draws = down.as_ref().is_some_and(|down| down.bits.is_some());
-        let Columns { group, pairs } = Columns::new(z.cols, ranks);
+        let columns = Columns::new(z.cols, ranks);
+        let Columns { group, pairs } = columns;
+        let next = down.as_ref().and_then(|down| down.next.as_ref());
+        let next_pairs = next.map_or(0, |next| columns.pairs_of(next.xs.cols - next.first_col));
         let instance = Instance {
             kernel: Kernel::Sweep,
             defines: vec![
@@ -76,6 +109,7 @@ impl Launcher<'_> {
                 ("PAIRS", pairs as u32),
                 ("DOWN", u32::from(down.is_some())),
                 ("BITS", u32::from(draws)),
+                ("NEXT", next_pairs as u32),
             ],
         };
         let function = self.kernels.function(instance.clone(), SHARED_BYTES)?;
@@ -103,9 +137,33 @@ impl Launcher<'_> {
         let q_map = TensorMap::narrow::<T>(q_at, (q.rows, ranks, q.stride), STRIP)?;
         let (no_scales, lds) = (
             Scales::all(1.0),
-            down.as_ref().map_or(0, |d| d.s.stride as i32),
+            down.as_ref().map_or(0, |down| down.s.stride),
         );
         let scales = down.as_ref().map_or(&no_scales, |down| down.scales);
+        let mut next_part = match next {
+            Some(next) => {
+                let len = blocks * ranks * next.xs.cols;
+                Some(self.alloc::<f32>("partial gradients", len)?)
+            }
+            None => None,
+        };
+        let next_ptr = next_part
+            .as_mut()
+            .map(|part| part.device_ptr_mut(self.stream));
+        let xs_ptr = next.map(|next| next.xs.data.device_ptr(self.stream));
+        let (next_map, next_arg) = match (next, &next_ptr, &xs_ptr) {
+            (Some(Next { xs, first_col }), Some((part, _)), Some((at, _))) => {
+                let map = TensorMap::new::<T>(*at, (xs.rows, xs.cols, xs.stride), LOAD_ROWS)?;
+                let arg = NextArg {
+                    part: *part,
+                    cols: xs.cols as i32,
+                    first_col: *first_col as i32,
+                };
+                (map, arg)
+            }
+            _ => (z_map, NextArg::default()),
+        };
+        let next_made = next.map(|next| (next.xs.cols, next.first_col..next.xs.cols));
         let p = down.as_ref().map(|down| down.p.device_ptr(self.stream));
         let p_map = match &p {
             Some((at, _)) => {
@@ -120,6 +178,10 @@ impl Launcher<'_> {
         };
         let s = s.map(|s| s.data.device_ptr_mut(self.stream));
         let s_at = s.as_ref().map_or(0, |(at, _)| *at);
+        let s_map = match &s {
+            Some((at, _)) => TensorMap::narrow::<T>(*at, (z.rows, ranks, lds), STRIP)?,
+            None => q_map,
+        };
         let bits = match (drawn, masking.bits()) {
             (Some(bits), _) => {
                 let at = bits.keep_mut().device_ptr_mut(self.stream).0;
@@ -128,7 +190,7 @@ impl Launcher<'_> {
             (None, Some(bits)) => bits.arg(bits.keep().device_ptr(self.stream).0),
             (None, None) => BitsArg::default(),
         };
-        let (rows, cols) = (z.rows as i32, z.cols as i32);
+        let (rows, cols, lds) = (z.rows as i32, z.cols as i32, lds as i32);
         let (block_rows, group) = (block_rows as i32, group as i32);
         let mask = masking.mask().unwrap_or_default();
         let args = [
@@ -145,21 +207,41 @@ impl Launcher<'_> {
             arg(scales),
             arg(&mask),
             arg(&bits),
+            arg(&next_map),
+            arg(&s_map),
+            arg(&next_arg),
         ];
         // SAFETY: arguments in the order of sweep.cu; `z` passed `Rows::check` and the maps clip loads to it, to
-        // `q` and to `p`, which is packed; `s` has a padded row for every row of `z`, and `part` holds every
-        // block of rows.
+        // `q`, to `p`, which is packed, and to the other matrix, which passed it too; `s` has a padded row for every
+        // row of `z`, and the partial sums hold every block of rows.
         unsafe { self.launch("launch of sweep", &function, grid, &args) }?;
-        drop(part_guard);
-        Ok(Partial {
+        drop((part_guard, next_ptr));
+        let partial = |part, cols, made| Partial {
             part,
             splits: blocks,
             ranks,
-            cols: z.cols,
-            first_col: 0,
+            cols,
+            made,
+        };
+        let next = next_part.zip(next_made);
+        Ok(Swept {
+            outer: Some(partial(part, z.cols, 0..z.cols)),
+            next: next.map(|(part, (cols, made))| partial(part, cols, made)),
         })
     }
 }
+
+/// Laid out as `Next` in sweep.cu.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct NextArg {
+    part: u64,
+    cols: i32,
+    first_col: i32,
+}
+
+// SAFETY: plain words in the layout of the kernel's struct `Next`.
+unsafe impl DeviceRepr for NextArg {}
 
 /// How the columns are shared.
 #[derive(Debug, PartialEq, Eq)]
@@ -180,6 +262,11 @@ impl Columns {
         let group = group.max(all.div_ceil(most_pairs(ranks)));
         let pairs = all.div_ceil(group);
         Self { group, pairs }
+    }
+
+    /// Pairs of tiles that a block of the group takes in a row of `cols` other columns.
+    fn pairs_of(&self, cols: usize) -> usize {
+        cols.div_ceil(2 * TILE_COLS * self.group)
     }
 }
 

@@ -100,6 +100,27 @@ fn large_masked_layers_match_f64() {
 }
 
 #[test]
+fn gradients_of_one_pass_match_f64() {
+    with_device(|kernels, stream| {
+        // Some columns of the gradient of A by the pass that makes dS, the others by the clusters without tiles: those of
+        // a cluster by half of the rows each, or by all rows of as many.
+        for (tokens, in_features, out_features, rank) in [
+            (8192, 2048, 2048, 16),
+            (8100, 2056, 2048, 16),
+            (8192, 4096, 4096, 64),
+        ] {
+            for p in [0.0, 0.3] {
+                let case = Case {
+                    dropout: Some(Dropout::new(Place::Pre, p, 42, 17, 5).unwrap()),
+                    ..Case::new(tokens, in_features, out_features, rank)
+                };
+                check::<bf16, f32>(kernels, stream, &case);
+            }
+        }
+    });
+}
+
+#[test]
 fn few_tokens_match_f64() {
     with_device(|kernels, stream| {
         for tokens in [1, 5, 8, 9, 16, 17, 32, 33, 64] {

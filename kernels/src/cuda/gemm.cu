@@ -8,12 +8,12 @@
 // buffers; two warpgroups of 64 rows each multiply from there (wgmma) with the sums in registers.
 // Blocks stay for several tiles; a tile is stored while the next one multiplies.
 //
-// Without dropout the rank is further depth. With a mask that is read as bits (DROPOUT 2) it comes first,
+// Without dropout the rank is further depth. With a mask that is read as bits (DROPOUT 2, backward) it comes first,
 // and the sums are masked before the depth is added; with one that is drawn while wgmma runs (DROPOUT 1,
-// forward) it comes last, by mma.sync into fresh registers. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank
+// forward), and in tiles that make q, it comes last, by mma.sync into fresh registers. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank
 // at most 64), RANK_STEPS = the rank's last 1 to 4 steps of 16.
 //
-// DOWN 1 (without dropout): q is not given, the first tiles make it from the input that they read anyway (down.cuh).
+// DOWN 1 (DROPOUT 0 or 2): q is not given, the first tiles make it from the input that they read anyway (down.cuh).
 // DOWN 2 (forward): the clusters without tiles make the later rows of it, from the input under `dropout` (spare.cuh).
 // SIDE: gradients of the adapter are made beside (side.cuh).
 
@@ -91,8 +91,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     barrier_init(drained, 8);  // math warps
   }
 #if SIDE
-  __shared__ __align__(8) u64 side_barriers[SIDE_WARPS * SIDE_STAGES];
-  if (threadIdx.x < SIDE_WARPS * SIDE_STAGES) barrier_init(shared_address(side_barriers) + 8 * threadIdx.x, 1);
+  __shared__ __align__(8) u64 side_barriers[SIDE_WARPS * SIDE_STAGES + 1];
+  if (threadIdx.x <= SIDE_WARPS * SIDE_STAGES) barrier_init(shared_address(side_barriers) + 8 * threadIdx.x, 1);
 #endif
   if (threadIdx.x < 32) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   cluster_arrive_early(), cluster_wait();
@@ -123,8 +123,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       for (int index = cluster; index < tiles; index += busy) {
         Tile tile = tile_at(index, cluster_rows, cluster_cols, shares, block);
         int k = 0;
+        bool making = DOWN == 1 && index < shares * cluster_rows;
 #if DOWN == 1
-        bool making = index < shares * cluster_rows;
         Share share(down, making ? index % shares : 0, depth_blocks);
         if (making) {
           k = share.start;
@@ -133,7 +133,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
 #endif
         for (int turn = 0; turn < depth_blocks + rank_blocks; ++turn, ring.next()) {
-          bool low = DROPOUT == 2 ? turn == 0 : turn >= depth_blocks;
+          bool low = DROPOUT == 2 && !making ? turn == 0 : turn >= depth_blocks;
           u32 bar = full + 8 * ring.stage, dst = stages + ring.stage * STAGE_BYTES;
           u32 bytes = STAGE_BYTES;
           if (low) await_once();
@@ -176,9 +176,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
 #if SIDE && !DOWN
     // The other warps have the time.
-    if (threadIdx.x >= 32 && side.before.splits > 0) {
+    if (threadIdx.x >= 32) {
       await_previous();
-      for (int unit = blockIdx.x * 3 + threadIdx.x / 32 - 1; unit < units_of<4>(side.before); unit += gridDim.x * 3) add_up<4, 1>(side.before, unit, threadIdx.x & 31);
+#pragma unroll 1
+      for (int i = 0; i < 2 && side.before[i].splits > 0; ++i)
+        for (int unit = blockIdx.x * 3 + threadIdx.x / 32 - 1; unit < units_of<4>(side.before[i]); unit += gridDim.x * 3) add_up<4, 1>(side.before[i], unit, threadIdx.x & 31);
     }
 #endif
   } else {
@@ -222,8 +224,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     Tile tile;
     int row0, previous;  // of the warp; the stage before
 #if DROPOUT == 1
-    Keep keep;
     u64 first_draw;
+#endif
+#if DROPOUT
+    Keep keep;  // of the tile
 #endif
     auto begin = [&](int index) {
       tile = tile_at(index, cluster_rows, cluster_cols, shares, block);
@@ -253,14 +257,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     auto add_rank = [&](int turns, auto is_flying) {
       constexpr bool FLYING = decltype(is_flying)::value;
       u32 at = stages + ring.stage * STAGE_BYTES;
-#if DROPOUT == 1
+#if DROPOUT
       if constexpr (FLYING) {
         wgmma_wait<0>();
         release(previous);
       }
+#if DROPOUT == 1
       for (int i = max(turns - 2, 0); i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
+#endif
       barrier_wait(full + 8 * ring.stage, ring.parity);
-      add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, dropout.scale, lane);
+      add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, DROPOUT == 1 ? dropout.scale : 1.f, lane);
       warpgroup_sync(math);
 #else
       barrier_wait(full + 8 * ring.stage, ring.parity);
@@ -361,18 +367,21 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       }
       wgmma_wait<0>();
       if (flying) release(previous);
+#if DROPOUT == 2
+      keep.load(kept, row0, rows, tile.col, cols, lane);
+#endif
       add_rank(depth_blocks, No{});
       round();
     }
 #endif
 #if DROPOUT == 2
-    Keep keep;  // loaded during the tile before, but for the first
+    bool loaded = false;  // during the tile before
 #endif
     for (; index < tiles; index += busy) {
       begin(index);
 #if DROPOUT == 2
       barrier_wait(full + 8 * ring.stage, ring.parity);
-      if (index == cluster) keep.load(kept, row0, rows, tile.col, cols, lane);
+      if (!loaded) keep.load(kept, row0, rows, tile.col, cols, lane);
       multiply_rank(stages + ring.stage * STAGE_BYTES, false);
       wgmma_wait<0>();
       release(ring.stage);
@@ -394,6 +403,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         if (k == full_blocks / 2 && index + busy < tiles) {
           Tile next = tile_at(index + busy, cluster_rows, cluster_cols, shares, block);
           keep.load(kept, next.row + math * 64 + warp * 16, rows, next.col, cols, lane);
+          loaded = true;
         }
 #endif
         wgmma_wait<1>();
@@ -412,7 +422,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #if SIDE
     __syncwarp();
     if (tiles == 0) await_previous();  // the loader of tiles has
-    if (tiles == 0 || side.all) side_work(side0_map, side1_map, side, rows, kept, flags, shared, shared_address(side_barriers) + (math * 4 + warp) * SIDE_STAGES * 8, threadIdx.x - 128);
+    if (tiles == 0 || side.all) side_work(side0_map, side1_map, side, rows, kept, flags, shared, shared_address(side_barriers), threadIdx.x - 128, tiles == 0 ? cluster - busy : -1, block);
 #endif
     if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }

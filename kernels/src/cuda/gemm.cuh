@@ -11,11 +11,6 @@ constexpr int THREADS = 384, SHARED_BYTES = STAGES * STAGE_BYTES + 8 * 2 * STORE
 constexpr int LOADER_REGISTERS = DOWN && RANK_STEPS == 4 ? 24 : 40, MATH_REGISTERS = LOADER_REGISTERS == 24 ? 240 : 232;
 
 // ---- copies within a cluster -----------------------------------------------------------------
-__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block) : "memory");
-}
 __device__ __forceinline__ void load_box_for_cluster(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "

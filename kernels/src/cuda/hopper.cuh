@@ -25,16 +25,42 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+// At the barrier of a block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block) : "memory");
+}
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
   asm volatile(
       "{\n.reg .pred done;\nWAIT:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar), "r"(parity) : "memory");
 }
+// Such an arrival, and the wait for it, that order plain accesses to memory too.
+__device__ __forceinline__ void barrier_arrive_cluster(u32 bar, u32 block) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block) : "memory");
+}
+__device__ __forceinline__ void barrier_wait_cluster(u32 bar, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(bar), "r"(parity) : "memory");
+}
 __device__ __forceinline__ void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
       "l"(&map), "r"(col), "r"(row), "r"(bar)
+      : "memory");
+}
+// Of what nobody reads again soon: it goes from the L2 cache before all else.
+__device__ __forceinline__ void load_box_once(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
+  constexpr u64 EVICT_FIRST = 0x12F0000000000000;  // as `createpolicy.fractional.L2::evict_first` makes it for all of the accesses
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(row), "r"(bar), "l"(EVICT_FIRST)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
@@ -49,6 +75,9 @@ __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, 
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Of this thread, where a warp parts.
+__device__ __forceinline__ void cluster_arrive_alone() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait_alone() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(); }
 // At the start, where the others are to see nothing but barriers that `fence.mbarrier_init` has shown them: without a
 // memory barrier of the whole card.

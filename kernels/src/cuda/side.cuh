@@ -3,13 +3,16 @@
 // Options: SIDE 1 = there are some; DROPOUT 2 = the second z is masked; RANK_STEPS; DOWN 0 or 1.
 
 // grad[rank, cols] (+)= qᵀ · z, for up to two z [rows, cols], in units of SIDE_CHUNK columns. With DROPOUT the second
-// z is masked like the output, and q holds the scale; with DOWN its q is made by this launch. The first units have all
-// rows and are done when they are made; the others have a segment of the rows, for a later launch to add up.
+// z is masked like the output, and q holds the scale; with DOWN its q is made by this launch. The first units are done
+// when they are made: of some, each block of a cluster without tiles takes half of the rows, the others have all rows. What
+// is left has a segment of the rows, for a later launch to add up.
 struct Side {
   const T *q0, *q1;  // [rows, rank], row strides ldq0 and ldq1
   Sum sum0, sum1;    // of the segments, [rank, cols] each; of no columns: no such product
-  Sum before;        // of what the kernel before this one made, if it has splits; not with DOWN
+  Sum before[2];     // of what the kernel before this one made, if they have splits; not with DOWN
+  float* halves;     // sums that a block gives its neighbour, [halved][warp][rank / 16][8][lane][4]
   int ldq0, ldq1;
+  int halved;        // units that two blocks share: none, or one for every cluster without tiles
   int whole;         // units of all rows
   int segment_rows;  // of the others, a multiple of 128
   int all;           // 1: blocks that are done with their tiles help
@@ -129,35 +132,72 @@ __device__ __forceinline__ void put_across(const float (&acc)[RANK_STEPS][8][4],
 struct SideUnit {
   int index;
   bool second;
-  int row0, strips, col0;  // rows in boxes, columns of the warp
-  int segment;             // or -1: all rows
-  __device__ __forceinline__ SideUnit(const Side& side, int index, int rows, int segments, int warp) : index(index) {
-    int chunk = index;
-    row0 = 0, strips = (rows + 127) / 128 * (128 / BOX_ROWS), segment = -1;  // no fewer than the ring has stages
+  int row0, strips, col0;  // rows in boxes, no fewer than the ring has stages; columns of the warp
+  int segment;             // of the rows, or ALL or HALF
+  static constexpr int ALL = -1, HALF = -2;
+
+  __device__ __forceinline__ static int chunks(const Sum& sum) { return (sum.end_col + SIDE_CHUNK - 1) / SIDE_CHUNK; }
+  __device__ __forceinline__ void take(const Side& side, int chunk, int warp) {
+    second = chunk >= chunks(side.sum0);
+    col0 = (chunk - (second ? chunks(side.sum0) : 0)) * SIDE_CHUNK + warp * BOX_COLS;
+  }
+  // Number `index` of those that blocks take as they come.
+  __device__ __forceinline__ SideUnit(const Side& side, int index, int rows, int segments, int warp) : index(index), segment(ALL) {
+    int chunk = side.halved + index;
+    row0 = 0, strips = (rows + 127) / 128 * (128 / BOX_ROWS);
     if (index >= side.whole) {
       index -= side.whole;
-      chunk = side.whole + index / segments, segment = index % segments;
+      chunk = side.halved + side.whole + index / segments, segment = index % segments;
       row0 = segment * side.segment_rows, strips = side.segment_rows / BOX_ROWS;
     }
-    int first_chunks = (side.sum0.cols + SIDE_CHUNK - 1) / SIDE_CHUNK;
-    second = chunk >= first_chunks;
-    col0 = (chunk - (second ? first_chunks : 0)) * SIDE_CHUNK + warp * BOX_COLS;
+    take(side, chunk, warp);
+  }
+  // Half `block` of that of cluster `idle`.
+  __device__ __forceinline__ SideUnit(const Side& side, int idle, u32 block, int rows, int warp) : index(-1), segment(HALF) {
+    strips = (rows + 255) / 256 * (128 / BOX_ROWS), row0 = block * strips * BOX_ROWS;
+    take(side, idle, warp);
   }
 };
 
-// Threads are those of the two warpgroups that multiply; `full` are the barriers of the warp's ring.
+// Gives the sums of half of the rows to the first block of the cluster, which goes on with those of all rows; `joined` is
+// its barrier for that.
+__device__ __forceinline__ void join_halves(float (&acc)[RANK_STEPS][8][4], float* halves, u32 block, u32 joined, int thread) {
+  float4* sums = reinterpret_cast<float4*>(halves) + (thread >> 5) * RANK_STEPS * 8 * 32 + (thread & 31);
+  if (block == 1) {
+#pragma unroll
+    for (int i = 0; i < RANK_STEPS * 8; ++i) {
+      const float* v = acc[i / 8][i % 8];
+      __stcg(sums + i * 32, make_float4(v[0], v[1], v[2], v[3]));
+    }
+    __threadfence();
+    side_sync();
+    if (thread == 0) barrier_arrive_cluster(joined, 0);
+  } else {
+    barrier_wait_cluster(joined, 0);
+#pragma unroll
+    for (int i = 0; i < RANK_STEPS * 8; ++i) {
+      float4 v = __ldcg(sums + i * 32);
+      float* to = acc[i / 8][i % 8];
+      to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+    }
+  }
+}
+
+// Threads are those of the two warpgroups that multiply; block `block` of the cluster, which has number `idle` of those
+// without tiles, or a negative one. Of `barriers`, each warp's ring has SIDE_STAGES; the last is for joining halves.
 __device__ __forceinline__ void side_work(
-    const TensorMap& map0, const TensorMap& map1, const Side& side, int rows, const u32* kept, const Flags& flags, unsigned char* shared, u32 full, int thread) {
+    const TensorMap& map0, const TensorMap& map1, const Side& side, int rows, const u32* kept, const Flags& flags, unsigned char* shared, u32 barriers, int thread, int idle, u32 block) {
   __shared__ u32 slots[2];
   int lane = thread & 31, warp = thread >> 5;
+  u32 full = barriers + warp * SIDE_STAGES * 8, joined = barriers + SIDE_WARPS * SIDE_STAGES * 8;
   u32 ring = shared_address(shared) + warp * SIDE_STAGES * BOX_BYTES;
   u32 ring_bits = shared_address(shared) + SIDE_RING_BYTES + warp * SIDE_STAGES * BITS_BYTES;
   unsigned char* q_rows = shared + SIDE_RING_BYTES + SIDE_BITS_BYTES;  // [Q_ROWS, SIDE_RANK]
   u32 q_address = shared_address(q_rows);
   float* piece = reinterpret_cast<float*>(q_rows + Q_ROWS * SIDE_RANK * 2 + warp * PIECE_BYTES);
   int segments = (rows + side.segment_rows - 1) / side.segment_rows;
-  int chunks = (side.sum0.cols + SIDE_CHUNK - 1) / SIDE_CHUNK + (side.sum1.cols + SIDE_CHUNK - 1) / SIDE_CHUNK;
-  int units = side.whole + (chunks - side.whole) * segments;
+  int chunks = SideUnit::chunks(side.sum0) + SideUnit::chunks(side.sum1);
+  int units = side.whole + (chunks - side.halved - side.whole) * segments;
 
   auto fetch = [&](const SideUnit& unit, int strip, int stage) {
     if (lane == 0) {
@@ -165,7 +205,8 @@ __device__ __forceinline__ void side_work(
       u32 bar = full + 8 * stage;
       bool masked = DROPOUT == 2 && unit.second && row < rows;
       barrier_expect(bar, BOX_BYTES + (masked ? BITS_BYTES : 0));
-      load_box(ring + stage * BOX_BYTES, unit.second ? map1 : map0, unit.col0, row, bar);
+      if (unit.second) load_box_once(ring + stage * BOX_BYTES, map1, unit.col0, row, bar);
+      else load_box(ring + stage * BOX_BYTES, map0, unit.col0, row, bar);
       if (masked) load_box_bits(ring_bits + stage * BITS_BYTES, kept, row, unit.col0, side.sum1.cols, bar);
     }
   };
@@ -206,14 +247,18 @@ __device__ __forceinline__ void side_work(
     }
     const Sum& sum = unit.second ? side.sum1 : side.sum0;
     if (unit.segment >= 0) store_across(acc, const_cast<float*>(sum.part) + unit.segment * sum.stride, unit.col0, sum.cols, lane);
-    else put_across(acc, sum, unit.col0, piece, lane);
+    else {
+      if (unit.segment == SideUnit::HALF) join_halves(acc, side.halves + (i64)idle * SIDE_CHUNK * SIDE_RANK, block, joined, thread);
+      if (unit.segment == SideUnit::ALL || block == 0) put_across(acc, sum, unit.col0, piece, lane);
+    }
   };
 
-  if (thread == 0) slots[0] = atomicAdd(flags.unit(), 1);
+  bool halved = idle >= 0 && idle < side.halved;
+  if (thread == 0 && !halved) slots[0] = atomicAdd(flags.unit(), 1);
   side_sync();  // the ring is free
   int stage = 0;
   u32 parity = 0;
-  SideUnit unit(side, slots[0], rows, segments, warp);
+  SideUnit unit = halved ? SideUnit(side, idle, block, rows, warp) : SideUnit(side, slots[0], rows, segments, warp);
   bool begun = false;
   for (int turn = 1; unit.index < units; turn ^= 1) {
     if (thread == 0) slots[turn] = atomicAdd(flags.unit(), 1);

@@ -1,11 +1,11 @@
 // Gradients of the adapter from partial sums.
 
-// grad (+)= sum over splits of part, in order, from a column on. As in reduce.rs.
+// grad (+)= sum over splits of part, in order, of some of the columns. As in reduce.rs.
 struct Sum {
   const float* part;  // [splits, .., cols], `stride` elements a split
   void* grad;         // [rank, cols], or [cols, rank] with `transpose`
   i64 stride;
-  int splits, rank, cols, first_col;
+  int splits, rank, cols, first_col, end_col;
   int transpose, f32, accumulate;  // f32 0: of the dtype of the base
 
   __device__ __forceinline__ i64 place(int row, int col) const { return transpose ? (i64)col * rank + row : (i64)row * cols + col; }
@@ -25,7 +25,7 @@ struct Sum {
 // asks for columns in fours.
 template <int WIDE>
 __device__ __forceinline__ int units_of_row(const Sum& sum) {
-  return (sum.cols - sum.first_col + 8 * WIDE - 1) / (8 * WIDE);
+  return (sum.end_col - sum.first_col + 8 * WIDE - 1) / (8 * WIDE);
 }
 template <int WIDE>
 __device__ __forceinline__ int units_of(const Sum& sum) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ void add_up(const Sum& sum, int unit, int lane) {
   int row = unit / units_of_row<WIDE>(sum), col = sum.first_col + (unit % units_of_row<WIDE>(sum) * PLACES + lane % PLACES) * WIDE;
   int part = lane / PLACES, each = (sum.splits + PARTS - 1) / PARTS, count = min(sum.splits - part * each, each);
   float total[WIDE] = {};
-  if (col < sum.cols) {
+  if (col < sum.end_col) {
     const float* from = sum.part + part * each * sum.stride + (i64)row * sum.cols + col;
 #pragma unroll UNROLL
     for (int s = 0; s < count; ++s, from += sum.stride) {
@@ -53,6 +53,6 @@ __device__ __forceinline__ void add_up(const Sum& sum, int unit, int lane) {
   for (int i = 0; i < WIDE; ++i) {
     total[i] += __shfl_xor_sync(0xffffffffu, total[i], PLACES);
     total[i] += __shfl_xor_sync(0xffffffffu, total[i], 2 * PLACES);
-    if (part == i && col < sum.cols) sum.put(row, col + i, total[i]);
+    if (part == i && col < sum.end_col) sum.put(row, col + i, total[i]);
   }
 }

@@ -1,7 +1,9 @@
-// Hopper: one pass over z [rows, cols] for the products with rank-sized matrices that need all of it.
+// Hopper: one pass over z [rows, cols] for the products with rank-sized matrices that need all of it, and on through columns
+// of another matrix for a product with what that made.
 //
 //           part[block][j, c] = sum over the rows m of a block of q[m, j] * D(z)[m, c]
 // DOWN 1    s[m, j] = scale_j * sum over columns c of D(z)[m, c] * p[j, c] as well
+// NEXT > 0  and then next.part[block][j, c] = sum of s[m, j] * D(next.z)[m, c], columns from next.first_col on
 //
 // A group of blocks, a cluster with DOWN, takes `block_rows` rows, a multiple of 64, and splits their columns. One warp of
 // a block loads tiles of 64 x 64 into rings. Two warpgroups take every other tile of a row of them and multiply from there
@@ -10,30 +12,40 @@
 //
 // Options: DTYPE 1 or 2, RT ranks (16, 32 or 64), PAIRS of tiles in a row of a block (for the registers of their sums
 // see `most_pairs` in sweep.rs), DROPOUT 0, 1 = z is masked by counter, 2 = by bits (DOWN 0). BITS 1 = draw those of
-// another matrix on the way, since the arithmetic units have time while memory has none.
+// another matrix on the way, since the arithmetic units have time while memory has none. NEXT (with DOWN) = pairs of tiles
+// in a row of the other matrix, which is masked with BITS.
 constexpr int STRIP = 64;      // rows of a tile, whose columns are 64 too
 constexpr int LOAD_ROWS = 16;  // that are loaded at once
 constexpr int TILE_BYTES = STRIP * 128;
 constexpr int SERVICE = BITS && RT == 16 ? 2 : 1;  // warpgroups that load and draw
 constexpr int THREADS = (SERVICE + 2) * 128;
 constexpr int SERVICE_REGISTERS = BITS ? 88 : 40, MATH_REGISTERS = !BITS ? 232 : SERVICE == 2 ? 168 : 208;
-constexpr int Q_STAGES = 4, Q_BYTES = STRIP * RT * 2;
+constexpr int Q_STAGES = RT == 64 ? 2 : 4, Q_BYTES = STRIP * RT * 2;
 constexpr int P_BYTES = DOWN ? RT * 128 : 0;  // for one tile
 constexpr int MOST_GROUP = 8;
+constexpr int MEETS = RT == 64 ? 1 : 2;       // strips whose sums may be on their way at once
 constexpr int MEET_BYTES = DOWN ? 2 * (STRIP + MOST_GROUP) * RT * 4 : 0;  // of both warpgroups of all blocks
-constexpr int MASK_BYTES = DROPOUT == 2 ? 2 * BITS_BYTES : 0;
+constexpr int SUMS_BYTES = DOWN ? STRIP * RT * 4 : 0;                     // of one warpgroup
+constexpr int MASK_BYTES = DROPOUT == 2 || NEXT && BITS ? 2 * BITS_BYTES : 0;
 constexpr int ROOM = 226 << 10;  // as in sweep.rs
-constexpr int STAGES = (ROOM - Q_STAGES * Q_BYTES - 2 * PAIRS * P_BYTES - 2 * MEET_BYTES) / (2 * (TILE_BYTES + MASK_BYTES));
+constexpr int STAGES = (ROOM - Q_STAGES * Q_BYTES - 2 * PAIRS * P_BYTES - MEETS * MEET_BYTES - 2 * SUMS_BYTES) / (2 * (TILE_BYTES + MASK_BYTES));
 static_assert(STAGES >= 2, "a tile is to be on its way while another is read");
-constexpr int SIDE_BY_SIDE = STAGES < 4 ? 2 * STAGES : 8;  // tiles that are loaded together
-constexpr int REST = 2 * PAIRS - SIDE_BY_SIDE;
-static_assert((REST < SIDE_BY_SIDE ? REST : SIDE_BY_SIDE) / 2 < STAGES, "the next of a row must not wait for the last that is multiplied");
+constexpr int SIDE_BY_SIDE = STAGES < 4 ? 2 : STAGES < 8 ? 4 : 8;  // tiles that are loaded together, no more than half a ring
+// The next of a row must not wait for the last that is multiplied.
+constexpr bool row_fits(int pairs) { return (pairs < SIDE_BY_SIDE ? pairs - SIDE_BY_SIDE / 2 : SIDE_BY_SIDE / 2) < STAGES; }
+static_assert(row_fits(PAIRS) && row_fits(NEXT), "a ring that small");
 
 // A mask as bits: read by DROPOUT 2, written by BITS.
 struct Bits {
   u32* keep;
   int rows, cols;
   Dropout dropout;
+};
+
+// The other matrix.
+struct Next {
+  float* part;  // [blocks, RT, cols]
+  int cols, first_col;
 };
 
 __device__ __forceinline__ void store_chunk(u32 box, int row, int chunk, const Vec& v) {
@@ -62,10 +74,13 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 block) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
   return remote;
 }
-// To another block's memory; counts for its barrier.
-__device__ __forceinline__ void send(u32 to, float x, float y, u32 bar) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(x), "f"(y), "r"(bar) : "memory");
+// From this block's memory to another's; counts for a barrier there.
+__device__ __forceinline__ void send(u32 to, u32 from, u32 bytes, u32 bar) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "r"(from), "r"(bytes), "r"(bar) : "memory");
 }
+
+// As `fence_copies` of flags.cuh.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     const __grid_constant__ TensorMap z_map,  // [rows, cols], box 64 x 16
@@ -73,15 +88,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     const __grid_constant__ TensorMap q_map,  // [rows, RT], box RT x 64
     T* __restrict__ s,                        // [rows, lds]
     float* __restrict__ part,                 // [blocks, RT, cols]
-    int rows, int cols, int lds, int block_rows, int group, const __grid_constant__ Scales scales, Dropout dropout, const __grid_constant__ Bits bits) {
+    int rows, int cols, int lds, int block_rows, int group, const __grid_constant__ Scales scales, Dropout dropout, const __grid_constant__ Bits bits,
+    const __grid_constant__ TensorMap next_map,  // the other matrix, as z_map
+    const __grid_constant__ TensorMap s_map,     // as q_map
+    const __grid_constant__ Next next) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[4 * STAGES + 2 * Q_STAGES + 2];
+  __shared__ __align__(8) u64 barriers[4 * STAGES + 2 * Q_STAGES + 2 * MEETS];
   u32 rings = shared_address(shared), q_ring = rings + 2 * STAGES * TILE_BYTES, p_tiles = q_ring + Q_STAGES * Q_BYTES;
-  u32 meet = p_tiles + 2 * PAIRS * P_BYTES, masks = meet + 2 * MEET_BYTES;
-  u32 full = shared_address(barriers), empty = full + 2 * STAGES * 8, q_full = empty + 2 * STAGES * 8, q_empty = q_full + Q_STAGES * 8, met = q_empty + Q_STAGES * 8;
+  u32 meet = p_tiles + 2 * PAIRS * P_BYTES, own_sums = meet + MEETS * MEET_BYTES, masks = own_sums + 2 * SUMS_BYTES;
+  u32 full = shared_address(barriers), empty = full + 2 * STAGES * 8, q_full = empty + 2 * STAGES * 8, q_empty = q_full + Q_STAGES * 8;
+  u32 met = q_empty + Q_STAGES * 8, taken = met + MEETS * 8;
 
   int rank = blockIdx.x % group, block = blockIdx.x / group, warpgroup = threadIdx.x / 128;
-  int row0 = block * block_rows, strips = (min(block_rows, rows - row0) + STRIP - 1) / STRIP, col0 = rank * 2 * PAIRS * 64;
+  int row0 = block * block_rows, strips = (min(block_rows, rows - row0) + STRIP - 1) / STRIP;
+  int col0 = rank * 2 * PAIRS * 64, next_col0 = next.first_col + rank * 2 * NEXT * 64;
   // This block's rows of a strip, of which it adds up the sums of DOWN.
   auto first_own = [&](int block) { return (STRIP * block + group - 1) / group; };
   int most_own = first_own(1), own = first_own(rank + 1) - first_own(rank);
@@ -89,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2 * STAGES; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 1);
     for (int i = 0; i < Q_STAGES; ++i) barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, 2);
-    for (int i = 0; i < 2; ++i) barrier_init(met + 8 * i, 1);
+    for (int i = 0; i < MEETS; ++i) barrier_init(met + 8 * i, 1), barrier_init(taken + 8 * i, 8 * group);  // all warps that multiply
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -97,50 +117,79 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
 
   if (warpgroup < SERVICE) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(SERVICE_REGISTERS));
+    if (DOWN) cluster_wait();
     if (threadIdx.x == 0) {
       await_previous();
       start_next();
       int stage = 0, q_stage = 0;
       u32 parity = 0, q_parity = 0;
-      for (int strip = 0; strip < strips; ++strip) {
-        int row = row0 + strip * STRIP;
-        int masked = DROPOUT != 2 ? 0 : rows - row > 32 ? 2 : 1;  // 32 rows each
+      auto load_q = [&](const TensorMap& map, int row) {
         barrier_wait(q_empty + 8 * q_stage, q_parity ^ 1);
         barrier_expect(q_full + 8 * q_stage, Q_BYTES);
-        load_box(q_ring + q_stage * Q_BYTES, q_map, 0, row, q_full + 8 * q_stage);
+        load_box(q_ring + q_stage * Q_BYTES, map, 0, row, q_full + 8 * q_stage);
         if (++q_stage == Q_STAGES) q_stage = 0, q_parity ^= 1;
+      };
+      auto place = [&](int i) { return i % 2 * STAGES + (stage + i / 2) % STAGES; };
+      auto masked_rows = [&](int row) { return rows - row > 32 ? 2 : 1; };  // 32 each
+      auto load_mask = [&](int at, int row, int col, int cols) {
+        for (int half = 0; half < masked_rows(row); ++half) load_box_bits(masks + at * MASK_BYTES + half * BITS_BYTES, bits.keep, row + half * 32, col, cols, full + 8 * at);
+      };
+      // The tiles of a strip, and those of p beside the first; the mask may come later.
+      auto load_tiles = [&](auto is_next, const TensorMap& map, int row, int col0, int cols, bool with_p, bool with_mask) {
+        constexpr bool OTHER = decltype(is_next)::value, MASKED = OTHER ? BITS : DROPOUT == 2;
+        constexpr int TILES = 2 * (OTHER ? NEXT : PAIRS);
         // Boxes side by side are loaded a few rows at a time: the memory likes neighbours together.
-        for (int first = 0; first < 2 * PAIRS; first += SIDE_BY_SIDE) {
-          int count = min(SIDE_BY_SIDE, 2 * PAIRS - first);
-          bool with_p = DOWN && strip == 0;
-          auto place = [&](int i) { return i % 2 * STAGES + (stage + i / 2) % STAGES; };
+        for (int first = 0; first < TILES; first += SIDE_BY_SIDE) {
+          int count = min(SIDE_BY_SIDE, TILES - first);
           for (int i = 0; i < count; ++i) {
             int at = place(i);
             barrier_wait(empty + 8 * at, parity ^ (stage + i / 2 < STAGES));
-            barrier_expect(full + 8 * at, TILE_BYTES + masked * BITS_BYTES + (with_p ? P_BYTES : 0));
+            barrier_expect(full + 8 * at, TILE_BYTES + (MASKED ? masked_rows(row) * BITS_BYTES : 0) + (with_p ? P_BYTES : 0));
           }
           for (int from = 0; from < STRIP; from += LOAD_ROWS)
-            for (int i = 0; i < count; ++i)
-              load_box(rings + place(i) * TILE_BYTES + from * 128, z_map, col0 + (first + i) * 64, row + from, full + 8 * place(i));
+            for (int i = 0; i < count; ++i) {
+              u32 to = rings + place(i) * TILE_BYTES + from * 128, bar = full + 8 * place(i);
+              if (OTHER) load_box_once(to, map, col0 + (first + i) * 64, row + from, bar);
+              else load_box(to, map, col0 + (first + i) * 64, row + from, bar);  // the product is to find z in the cache
+            }
           for (int i = 0; i < count; ++i) {
-            int at = place(i), col = col0 + (first + i) * 64;
-            if (with_p) load_box(p_tiles + (first + i) * P_BYTES, p_map, col, 0, full + 8 * at);
-            for (int half = 0; half < masked; ++half) load_box_bits(masks + at * MASK_BYTES + half * BITS_BYTES, bits.keep, row + half * 32, col, cols, full + 8 * at);
+            if (with_p) load_box(p_tiles + (first + i) * P_BYTES, p_map, col0 + (first + i) * 64, 0, full + 8 * place(i));
+            if (MASKED && with_mask) load_mask(place(i), row, col0 + (first + i) * 64, cols);
           }
           if ((stage += count / 2) >= STAGES) stage -= STAGES, parity ^= 1;
         }
+      };
+      for (int strip = 0; strip < strips; ++strip) {
+        int row = row0 + strip * STRIP;
+        load_q(q_map, row);
+        load_tiles(No{}, z_map, row, col0, cols, DOWN && strip == 0, true);
       }
-    }
-#if BITS
-    if (threadIdx.x >= 32) {
-      await_previous();
-      int lane = threadIdx.x & 31, drawer = blockIdx.x * (SERVICE * 4 - 1) + threadIdx.x / 32 - 1;
-      int units = (bits.rows + 31) / 32 * ((bits.cols + 127) / 128);
-      for (int unit = drawer; unit < units; unit += gridDim.x * (SERVICE * 4 - 1)) store_bits(bits.dropout, bits.keep, unit, bits.rows, bits.cols, lane);
-    }
+#if NEXT
+      // As many tiles as there is room for come while the group finishes s, and the bits.
+      int early = min(strips, STAGES / NEXT), start = stage;
+      for (int strip = 0; strip < early; ++strip) load_tiles(Yes{}, next_map, row0 + strip * STRIP, next_col0, next.cols, false, false);
+      cluster_arrive_alone(), cluster_wait_alone(), fence_copies();
+      for (int strip = 0; strip < strips; ++strip) {
+        int row = row0 + strip * STRIP;
+        load_q(s_map, row);
+        if (strip >= early) load_tiles(Yes{}, next_map, row, next_col0, next.cols, false, true);
+        for (int i = 0; BITS && strip < early && i < 2 * NEXT; ++i) load_mask(i % 2 * STAGES + (start + strip * NEXT + i / 2) % STAGES, row, next_col0 + i * 64, next.cols);
+      }
 #endif
-    __syncwarp();
-    if (DOWN) cluster_wait();
+    } else {
+#if BITS
+      if (threadIdx.x >= 32) {
+        await_previous();
+        // With the other matrix, those of the rows that this group needs.
+        int from = NEXT ? row0 : 0, to = NEXT ? min(row0 + block_rows, bits.rows) : bits.rows, blocks = NEXT ? group : gridDim.x;
+        int lane = threadIdx.x & 31, drawer = (NEXT ? rank : blockIdx.x) * (SERVICE * 4 - 1) + threadIdx.x / 32 - 1;
+        int groups = (bits.cols + 127) / 128, end = (to + 31) / 32 * groups;
+        for (int unit = from / 32 * groups + drawer; unit < end; unit += blocks * (SERVICE * 4 - 1)) store_bits(bits.dropout, bits.keep, unit, bits.rows, bits.cols, lane);
+        if (NEXT) fence_copies();
+      }
+#endif
+      if (NEXT) cluster_arrive_alone();
+    }
     return;
   }
 
@@ -150,112 +199,137 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
 #if DOWN
   int both = math * 128 + thread;
   auto expect_meeting = [&](int strip) {
-    if (both == 0 && strip < strips) barrier_expect(met + 8 * (strip & 1), 2 * group * own * RT * 4);
+    if (both == 0 && strip < strips) barrier_expect(met + 8 * (strip % MEETS), 2 * group * own * RT * 4);
   };
-  expect_meeting(0), expect_meeting(1);
-  // The sums of this warpgroup for a strip, to the blocks whose rows they are of. They go where those of two strips before
-  // were, which nobody reads any more: a block sends nothing of the last strip before all its threads have read those, and
-  // something of the last has come from every block.
+  for (int i = 0; i < MEETS; ++i) expect_meeting(i);
+  // Eights of sums in a row of RT take places by which neither eight rows nor eight sums come from the same banks.
+  auto place_of = [&](int row, int eight) {
+    int turn = RT == 64 ? row & 7 : RT == 32 ? row & 3 : row >> 1 & 1;
+    return (row * RT + (eight ^ turn) * 8) * 4;
+  };
+  // The sums of this warpgroup for a strip, to the blocks whose rows they are of.
   auto send_sums = [&](const float (&sums)[RT / 8][4], int strip) {
+    if (thread < group) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the sums of the strip before have left
+    warpgroup_sync();
+    float2* to = reinterpret_cast<float2*>(shared + (own_sums - rings) + math * SUMS_BYTES) + t;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      int row = warp * 16 + h * 8 + g, owner = row * group / STRIP;
-      u32 to = meet + (strip & 1) * MEET_BYTES + (((rank * 2 + math) * most_own + row - first_own(owner)) * RT + 2 * t) * 4;
-      u32 there = in_block(to, owner), bar = in_block(met + 8 * (strip & 1), owner);
+    for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int n = 0; n < RT / 8; ++n) send(there + n * 32, sums[n][2 * h], sums[n][2 * h + 1], bar);
+      for (int n = 0; n < RT / 8; ++n) to[place_of(warp * 16 + h * 8 + g, n) / 8] = make_float2(sums[n][2 * h], sums[n][2 * h + 1]);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    warpgroup_sync();
+    if (thread < group) {
+      int slot = strip % MEETS, first = first_own(thread), bytes = (first_own(thread + 1) - first) * RT * 4;
+      if (strip >= MEETS) barrier_wait(taken + 8 * slot, (strip / MEETS & 1) ^ 1);  // all have read what was there before
+      send(in_block(meet + slot * MEET_BYTES + (rank * 2 + math) * most_own * RT * 4, thread), own_sums + math * SUMS_BYTES + first * RT * 4, bytes, in_block(met + 8 * slot, thread));
+      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
     }
   };
   auto add_up = [&](int strip) {
-    barrier_wait(met + 8 * (strip & 1), strip >> 1 & 1);
-    expect_meeting(strip + 2);
-    const float* sums = reinterpret_cast<const float*>(shared + (meet - rings) + (strip & 1) * MEET_BYTES);
+    int slot = strip % MEETS;
+    barrier_wait(met + 8 * slot, strip / MEETS & 1);
+    expect_meeting(strip + MEETS);
+    const float* sums = reinterpret_cast<const float*>(shared + (meet - rings) + slot * MEET_BYTES);
     for (int at = both; at < own * (RT / 2); at += 256) {
       int row = row0 + strip * STRIP + first_own(rank) + at / (RT / 2), pair = at % (RT / 2);
+      int place = place_of(first_own(rank) + at / (RT / 2), pair / 4) - first_own(rank) * RT * 4;
       float2 sum = make_float2(0.f, 0.f);
 #pragma unroll 8
       for (int from = 0; from < 2 * group; ++from) {
-        float2 v = *reinterpret_cast<const float2*>(sums + (from * most_own + at / (RT / 2)) * RT + 2 * pair);
+        float2 v = *reinterpret_cast<const float2*>(sums + from * most_own * RT + place / 4 + pair % 4 * 2);
         sum.x += v.x, sum.y += v.y;
       }
       float scale = scales.of[pair / 8];
       if (DROPOUT) scale *= dropout.scale;
       if (row < rows) *reinterpret_cast<u32*>(s + (i64)row * lds + 2 * pair) = pack_halves(scale * sum.x, scale * sum.y);
     }
+    // What this warp has read has come, since it is added up: the arrival needs no barrier of memory.
+    __syncwarp();
+    if (strip + MEETS < strips && lane < group) barrier_arrive_at(taken + 8 * slot, lane);
   };
-  float down[RT / 8][4];
+  cluster_wait();
 #endif
-  float acc[PAIRS][RT / 8][4] = {};
-  if (DOWN) cluster_wait();
   int stage = 0, q_stage = 0, previous = 0;
   u32 parity = 0, q_parity = 0;
   auto release = [&](int stage) {
     if (thread == 0) barrier_arrive(empty + 8 * (math * STAGES + stage));
   };
-  for (int strip = 0; strip < strips; ++strip) {
-    barrier_wait(q_full + 8 * q_stage, q_parity);
-    u64 q = q_descriptor(q_ring + q_stage * Q_BYTES);
+  auto multiply_rows = [&](auto is_next, float* part, int col0, int cols) {
+    constexpr bool OTHER = decltype(is_next)::value, MAKES = DOWN && !OTHER;
+    constexpr int TILES = OTHER ? NEXT : PAIRS, MASK = OTHER ? 2 * BITS : DROPOUT;
+    float acc[TILES][RT / 8][4] = {};
+    float down[RT / 8][4];
+    for (int strip = 0; strip < strips; ++strip) {
+      barrier_wait(q_full + 8 * q_stage, q_parity);
+      u64 q = q_descriptor(q_ring + q_stage * Q_BYTES);
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-      int at = math * STAGES + stage;
-      u32 box = rings + at * TILE_BYTES;
-      barrier_wait(full + 8 * at, parity);
-#if DROPOUT
-      // A thread takes chunks of 8 columns, which are the elements of one Philox block.
+      for (int i = 0; i < TILES; ++i) {
+        int at = math * STAGES + stage;
+        u32 box = rings + at * TILE_BYTES;
+        barrier_wait(full + 8 * at, parity);
+        if constexpr (MASK != 0) {
+          // A thread takes chunks of 8 columns, which are the elements of one Philox block.
 #pragma unroll 2
-      for (int k = 0; k < 4; ++k) {
-        int row = k * 16 + thread / 8, chunk = thread % 8;
-        Vec v = load_chunk(box, row, chunk);
-#if DROPOUT == 1
-        drop(dropout, (u64)(row0 + strip * STRIP + row) * cols + col0 + (2 * i + math) * 64 + chunk * 8, v);
-#else
-        drop_by_bits(masks + at * MASK_BYTES + row * 16, (2 * i + math) % 2 * 8 + chunk, v);
-#endif
-        store_chunk(box, row, chunk, v);
-      }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      warpgroup_sync();
-#endif
-      u64 z = descriptor(box, 16);
-      wgmma_fence();
+          for (int k = 0; k < 4; ++k) {
+            int row = k * 16 + thread / 8, chunk = thread % 8;
+            Vec v = load_chunk(box, row, chunk);
+            if constexpr (MASK == 1) drop(dropout, (u64)(row0 + strip * STRIP + row) * cols + col0 + (2 * i + math) * 64 + chunk * 8, v);
+            else drop_by_bits(masks + at * MASK_BYTES + row * 16, (col0 / 64 + 2 * i + math) % 2 * 8 + chunk, v);
+            store_chunk(box, row, chunk, v);
+          }
+          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+          warpgroup_sync();
+        }
+        u64 z = descriptor(box, 16);
+        wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < STRIP / 16; ++k) wgmma_narrow<true>(acc[i], z + k * ROWS_STEP, q + k * Q_STEP, 1);
+        for (int k = 0; k < STRIP / 16; ++k) wgmma_narrow<true>(acc[i], z + k * ROWS_STEP, q + k * Q_STEP, 1);
+        if constexpr (MAKES) {
+          u64 p = descriptor(p_tiles + (2 * i + math) * P_BYTES, 16);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) wgmma_narrow<false>(down, z + k * DEPTH_STEP, p + k * DEPTH_STEP, i > 0 || k > 0);
+        }
+        wgmma_commit();
+        if (i > 0) {
+          wgmma_wait<1>();
+          release(previous);
+        }
+        previous = stage;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
 #if DOWN
-      u64 p = descriptor(p_tiles + (2 * i + math) * P_BYTES, 16);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma_narrow<false>(down, z + k * DEPTH_STEP, p + k * DEPTH_STEP, i > 0 || k > 0);
-#endif
-      wgmma_commit();
-      if (i > 0) {
-        wgmma_wait<1>();
-        release(previous);
+      if (MAKES) {
+        if (strip > 0) add_up(strip - 1);
       }
-      previous = stage;
-      if (++stage == STAGES) stage = 0, parity ^= 1;
+#endif
+      wgmma_wait<0>();
+      release(previous);
+      if (thread == 0) barrier_arrive(q_empty + 8 * q_stage);
+      if (++q_stage == Q_STAGES) q_stage = 0, q_parity ^= 1;
+#if DOWN
+      if (MAKES) send_sums(down, strip);
+#endif
     }
 #if DOWN
-    if (strip > 0) add_up(strip - 1);
+    if (MAKES) {
+      add_up(strips - 1);
+      asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // before this block leaves
+      if (NEXT) fence_copies(), cluster_arrive();
+    }
 #endif
-    wgmma_wait<0>();
-    release(previous);
-    if (thread == 0) barrier_arrive(q_empty + 8 * q_stage);
-    if (++q_stage == Q_STAGES) q_stage = 0, q_parity ^= 1;
-#if DOWN
-    asm volatile("bar.sync 3, 256;" ::: "memory");  // both warpgroups have read the sums of the strip before
-    send_sums(down, strip);
-#endif
-  }
-  float scale = DROPOUT == 2 ? bits.dropout.scale : DROPOUT ? dropout.scale : 1.f;
+    float scale = MASK == 0 ? 1.f : MASK == 1 ? dropout.scale : bits.dropout.scale;
 #pragma unroll
-  for (int i = 0; i < PAIRS; ++i)
+    for (int i = 0; i < TILES; ++i)
 #pragma unroll
-    for (int n = 0; n < RT / 8; ++n)
+      for (int n = 0; n < RT / 8; ++n)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        int col = col0 + (2 * i + math) * 64 + warp * 16 + (c >> 1) * 8 + g, j = n * 8 + 2 * t + (c & 1);
-        if (col < cols) part[((i64)block * RT + j) * cols + col] = scale * acc[i][n][c];
-      }
-#if DOWN
-  add_up(strips - 1);
+        for (int c = 0; c < 4; ++c) {
+          int col = col0 + (2 * i + math) * 64 + warp * 16 + (c >> 1) * 8 + g, j = n * 8 + 2 * t + (c & 1);
+          if (col < cols) part[((i64)block * RT + j) * cols + col] = scale * acc[i][n][c];
+        }
+  };
+  multiply_rows(No{}, part, col0, cols);
+#if NEXT
+  multiply_rows(Yes{}, next.part, next_col0, next.cols);
 #endif
 }
