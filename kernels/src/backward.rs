@@ -148,12 +148,12 @@ impl Kernels {
                 bits.as_mut().map_or(Ok(()), |bits| launcher.draw(bits))?;
                 Swept::default()
             } else {
-                let first_col = match (hopper, pre) {
-                    (true, _) if !a_beside => None,
-                    (true, _) => launcher.sweeps_from(dys, xs, cols),
-                    // The mask that is drawn there is not that of the same pass.
-                    (false, Some(_)) => None,
-                    (false, None) => launcher.sweeps_next(dys, cols, xs, xs.cols).then_some(0),
+                let first_col = if a_beside {
+                    launcher.sweeps_from(dys, xs, cols)
+                } else {
+                    // The pass reads no mask but the one that it draws.
+                    let masked = pre.is_some() && bits.is_none();
+                    (!masked && launcher.sweeps_next(dys, cols, xs, xs.cols)).then_some(0)
                 };
                 let mut columns = RowsMut {
                     data: ds.as_view_mut(),

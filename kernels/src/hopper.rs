@@ -1,7 +1,5 @@
 //! Launcher of the Hopper kernel: base product, bias and adapter in one pass over the output.
 
-use std::ops::Range;
-
 use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use crate::dropout::Mask;
@@ -13,10 +11,8 @@ use crate::launch::{Grid, Launcher, arg};
 use crate::low::{Low, Maker, Tiling};
 use crate::masking::Masking;
 use crate::path::{Path, Preference, Reason};
-use crate::reduce::SumArg;
 use crate::rows::{Rows, padded_width};
-use crate::side::{self, Parts, SideArg, SideWork, Units};
-use crate::skinny::Partial;
+use crate::side::{self, Around, Parts, SideArg, SideLaunch, SideWork};
 use crate::tensor_map::TensorMap;
 
 // As in gemm.cu.
@@ -125,9 +121,6 @@ impl Launcher<'_> {
             return Ok(Parts::default());
         }
         let (rank, maker) = (q.ranks(), q.maker());
-        let side_a = side.as_ref().and_then(|side| side.a);
-        let side_b = side.as_ref().and_then(|side| side.b);
-        let before = side.as_ref().map_or(&[][..], |side| &side.before);
         let has_side = side.is_some();
         let instance = Instance {
             kernel: Kernel::Gemm,
@@ -189,67 +182,24 @@ impl Launcher<'_> {
         let q_map = map(low.q_at, rows, rank, low.q_stride, 128)?;
         let down_map = low.down_map.unwrap_or(p_map);
 
-        let (b_cols, a_cols) = (
-            side_b.map_or(0, |_| depth),
-            side_a.map_or(0, |(_, _, cols)| cols),
-        );
-        let a_stride = side_a.map_or(0, |(xs, _, _)| xs.cols);
-        let blocks = CLUSTER * grid_clusters;
-        let beside = side::beside(spare, (w_rows, w_cols), rank);
-        let units = Units::new((rows, [b_cols, a_cols], rank), (blocks, spare), beside);
-        let segments = rows.div_ceil(units.segment_rows);
-        let a_first = units.whole_cols(b_cols.div_ceil(side::CHUNK), a_cols);
-        let b_first = units.whole_cols(0, b_cols);
-        let part_of = |stride: usize, made: Range<usize>| {
-            let len = if made.is_empty() {
-                0
-            } else {
-                segments * rank * stride
-            };
-            self.alloc::<f32>("partial gradients", len)
+        let around = Around {
+            input,
+            weight: (w_rows, w_cols),
+            q: (low.q_at, low.q_stride),
+            rank,
+            blocks: CLUSTER * grid_clusters,
+            spare,
         };
-        let mut b_part = part_of(b_cols, b_first..b_cols)?;
-        let mut a_part = part_of(a_stride, a_first..a_cols)?;
-        let halves = self.alloc::<f32>("halves of gradients", units.halved * rank * side::CHUNK)?;
-        let (b_at, b_written) = b_part.device_ptr_mut(self.stream);
-        let (a_at, a_written) = a_part.device_ptr_mut(self.stream);
-        let b_sum =
-            side_b.map(|(_, gradient)| gradient.sum(b_at, segments, (rank, b_cols), 0..b_cols));
-        let a_sum = side_a
-            .map(|(_, gradient, cols)| gradient.sum(a_at, segments, (rank, a_stride), 0..cols));
-        let s_ptr = side_b.map(|(s, _)| s.data.device_ptr(self.stream));
-        let xs_ptr = side_a.map(|(xs, _, _)| xs.data.device_ptr(self.stream));
-        let mut before_arg = [SumArg::default(); 2];
-        let mut before_guards = Vec::new();
-        for (arg, sum) in before_arg.iter_mut().zip(before) {
-            let (at, guard) = sum.partial.part.device_ptr(self.stream);
-            before_guards.push(guard);
-            *arg = sum.arg(at);
-        }
-        let side0_map = match low.input_map {
-            Some(map) => map,
-            None => map(input_at, rows, depth, input.stride, side::BOX_ROWS)?,
-        };
-        let side1_map = match (side_a, &xs_ptr) {
-            (Some((xs, _, _)), Some((at, _))) => {
-                map(*at, rows, xs.cols, xs.stride, side::BOX_ROWS)?
-            }
-            _ => side0_map,
-        };
-        let side_job = SideArg {
-            q: [s_ptr.as_ref().map_or(0, |p| p.0), low.q_at],
-            sums: [b_sum, a_sum].map(Option::unwrap_or_default),
-            before: before_arg,
-            halves: halves.device_ptr(self.stream).0,
-            strides: [
-                side_b.map_or(0, |(s, _)| s.stride as i32),
-                low.q_stride as i32,
-            ],
-            halved: units.halved as i32,
-            whole: units.whole as i32,
-            segment_rows: units.segment_rows as i32,
-            all: i32::from(units.all),
-        };
+        let side = side.as_ref();
+        let beside = side
+            .map(|work| self.side_launch(work, around))
+            .transpose()?;
+        let (side_arg, side_maps) = beside
+            .as_ref()
+            .map_or((SideArg::default(), [input_map; 2]), |beside| {
+                (beside.arg, beside.maps)
+            });
+        let side0_map = low.input_map.unwrap_or(side_maps[0]);
         let flags = flags.map(|flags| flags.device_ptr_mut(self.stream));
         let flags_job = FlagsArg {
             words: flags.as_ref().map_or(0, |(at, _)| *at),
@@ -270,7 +220,7 @@ impl Launcher<'_> {
             arg(&out_map),
             arg(&down_map),
             arg(&side0_map),
-            arg(&side1_map),
+            arg(&side_maps[1]),
             arg(&bias_at),
             arg(&rows),
             arg(&cols),
@@ -281,7 +231,7 @@ impl Launcher<'_> {
             arg(&bits_at),
             arg(&flags_job),
             arg(&low.down),
-            arg(&side_job),
+            arg(&side_arg),
         ];
         let grid = Grid {
             shared_bytes: SHARED_BYTES,
@@ -291,19 +241,7 @@ impl Launcher<'_> {
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,
         // whose sizes the caller checked, and the guards above order the stream after their writers.
         unsafe { self.launch("launch of gemm", &function, grid, &args) }?;
-        drop((a_written, b_written));
-        let left = |part, cols, made: Range<usize>| {
-            (!made.is_empty()).then_some(Partial {
-                part,
-                splits: segments,
-                ranks: rank as usize,
-                cols,
-                made,
-            })
-        };
-        let a = left(a_part, a_stride, a_first..a_cols);
-        let b = left(b_part, b_cols, b_first..b_cols);
-        Ok(Parts { a, b })
+        Ok(beside.map_or_else(Parts::default, SideLaunch::into_parts))
     }
 }
 

@@ -30,12 +30,12 @@
 //! the faster one.
 //! - **Hopper** (compute capability 9.0): one persistent kernel (TMA and wgmma) makes the base product,
 //!   adds bias and the adapter's part in the f32 sums and rounds once. `S` and `dS` are made either by that
-//!   kernel's first tiles, from the input that they read anyway, or in a pass before it (in backward, one
-//!   pass over `dY` for `dS` and `dB`), whichever is expected to cost less; dropout takes the pass (on the
-//!   input, up to rank 32, only for the rows that tiles need first: multiprocessors without tiles make the
-//!   others meanwhile).
-//!   Multiprocessors that the tiles of `dx` leave over make `dA`, and `dB` where no pass has, meanwhile, to
-//!   the end where they have the time; the others help at the end where they do not.
+//!   kernel's first tiles, from the input that they read anyway, or in a pass before it, whichever is expected
+//!   to cost less. A masked `S` takes the pass (up to rank 32, only for the rows that tiles need first:
+//!   multiprocessors without tiles make the others meanwhile), and so does `dS` with dropout on the output.
+//!   In backward the pass reads `dY` for `dS` and `dB`, and then what nobody would have time for of `x`, for
+//!   `dA`. Multiprocessors that the tiles of `dx` leave over make the rest of `dA`, and `dB` where no pass has,
+//!   meanwhile, to the end where they have the time; the others help at the end where they do not.
 //! - **Decode** (9.0, forward without dropout, of up to 16 tokens with a rank of at most 64, up to 32 with at
 //!   most 32, or up to 64 with at most 16 where the layer is narrow enough to run at once): one launch for all
 //!   of it, which reads `W` once and the adapter as it is kept.

@@ -1,11 +1,15 @@
 //! Work beside the tiles of the Hopper kernel: gradients of the adapter.
 
-use cudarc::driver::DeviceRepr;
+use cudarc::driver::{CudaSlice, CudaView, DevicePtr, DeviceRepr, SyncOnDrop};
 
+use crate::element::Element;
+use crate::error::Result;
 use crate::hopper::{CLUSTER, SHARED_BYTES};
+use crate::launch::Launcher;
 use crate::reduce::{Gradient, Sum, SumArg};
 use crate::rows::Rows;
 use crate::skinny::Partial;
+use crate::tensor_map::TensorMap;
 
 // As in side.cuh.
 pub(crate) const BOX_ROWS: usize = 32;
@@ -105,8 +109,127 @@ pub(crate) fn busy(tiles: usize, clusters: usize) -> usize {
     tiles.div_ceil(tiles.div_ceil(clusters))
 }
 
+/// The launch that side work is beside, of `blocks` blocks, of which `spare` have no tiles.
+pub(crate) struct Around<'a, T> {
+    pub input: &'a Rows<'a, T>,
+    /// Rows and columns of the weight.
+    pub weight: (usize, usize),
+    /// Address and row stride of the rank-sized factor, which the gradient of A is made from.
+    pub q: (u64, usize),
+    pub rank: usize,
+    pub blocks: usize,
+    pub spare: usize,
+}
+
+/// Side work of one launch.
+pub(crate) struct SideLaunch<'a> {
+    pub arg: SideArg,
+    /// Of the matrices that the gradients of B and A are made from.
+    pub maps: [TensorMap; 2],
+    parts: Parts,
+    _halves: CudaSlice<f32>,
+    _guards: Vec<SyncOnDrop<'a>>,
+}
+
+impl SideLaunch<'_> {
+    /// What it leaves, after the launch.
+    pub fn into_parts(self) -> Parts {
+        self.parts
+    }
+}
+
+impl Launcher<'_> {
+    /// Cuts `work` and makes room for what it gives.
+    pub fn side_launch<'a, T: Element>(
+        &'a self,
+        work: &'a SideWork<'a, T>,
+        around: Around<T>,
+    ) -> Result<SideLaunch<'a>> {
+        let Around {
+            input,
+            weight,
+            q,
+            rank,
+            blocks,
+            spare,
+        } = around;
+        let rows = input.rows;
+        let b_cols = work.b.map_or(0, |_| input.cols);
+        let (a_cols, a_stride) = work.a.map_or((0, 0), |(xs, _, cols)| (cols, xs.cols));
+        let beside = beside(spare, weight, rank);
+        let units = Units::new((rows, [b_cols, a_cols], rank), (blocks, spare), beside);
+        let segments = rows.div_ceil(units.segment_rows);
+        let mut guards = Vec::new();
+        let mut address = |view: &'a CudaView<'a, T>| {
+            let (at, guard) = view.device_ptr(self.stream);
+            guards.push(guard);
+            at
+        };
+        let map = |at, rows: &Rows<T>| {
+            TensorMap::new::<T>(at, (rows.rows, rows.cols, rows.stride), BOX_ROWS)
+        };
+
+        let left = |cols: usize, stride: usize, first_chunk: usize| {
+            let made = units.whole_cols(first_chunk, cols)..cols;
+            if made.is_empty() {
+                return Ok(None);
+            }
+            let part = self.alloc::<f32>("partial gradients", segments * rank * stride)?;
+            Ok(Some(Partial {
+                part,
+                splits: segments,
+                ranks: rank,
+                cols: stride,
+                made,
+            }))
+        };
+        let parts = Parts {
+            b: left(b_cols, b_cols, 0)?,
+            a: left(a_cols, a_stride, b_cols.div_ceil(CHUNK))?,
+        };
+        let sum = |gradient: &Gradient, part: &Option<Partial>, stride: usize, cols: usize| {
+            let at = part
+                .as_ref()
+                .map_or(0, |part| part.part.device_ptr(self.stream).0);
+            gradient.sum(at, segments, (rank, stride), 0..cols)
+        };
+        let mut arg = SideArg {
+            halved: units.halved as i32,
+            whole: units.whole as i32,
+            segment_rows: units.segment_rows as i32,
+            all: i32::from(units.all),
+            ..SideArg::default()
+        };
+        let mut maps = [map(self.address(&input.data), input)?; 2];
+        if let Some((s, gradient)) = work.b {
+            arg.q[0] = address(&s.data);
+            arg.strides[0] = s.stride as i32;
+            arg.sums[0] = sum(gradient, &parts.b, b_cols, b_cols);
+        }
+        if let Some((xs, gradient, _)) = work.a {
+            (arg.q[1], arg.strides[1]) = (q.0, q.1 as i32);
+            arg.sums[1] = sum(gradient, &parts.a, a_stride, a_cols);
+            maps[1] = map(address(&xs.data), xs)?;
+        }
+        for (arg, sum) in arg.before.iter_mut().zip(&work.before) {
+            let (at, guard) = sum.partial.part.device_ptr(self.stream);
+            guards.push(guard);
+            *arg = sum.arg(at);
+        }
+        let halves = self.alloc::<f32>("halves of gradients", units.halved * rank * CHUNK)?;
+        arg.halves = halves.device_ptr(self.stream).0;
+        Ok(SideLaunch {
+            arg,
+            maps,
+            parts,
+            _halves: halves,
+            _guards: guards,
+        })
+    }
+}
+
 /// Work beside the tiles, laid out as in side.cuh.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct SideArg {
     pub q: [u64; 2],

@@ -179,8 +179,10 @@ impl Launcher<'_> {
         let s = s.map(|s| s.data.device_ptr_mut(self.stream));
         let s_at = s.as_ref().map_or(0, |(at, _)| *at);
         let s_map = match &s {
-            Some((at, _)) => TensorMap::narrow::<T>(*at, (z.rows, ranks, lds), STRIP)?,
-            None => q_map,
+            Some((at, _)) if next_made.is_some() => {
+                TensorMap::narrow::<T>(*at, (z.rows, ranks, lds), STRIP)?
+            }
+            _ => q_map,
         };
         let bits = match (drawn, masking.bits()) {
             (Some(bits), _) => {

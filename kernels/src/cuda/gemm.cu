@@ -92,7 +92,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   }
 #if SIDE
   __shared__ __align__(8) u64 side_barriers[SIDE_WARPS * SIDE_STAGES + 1];
-  if (threadIdx.x <= SIDE_WARPS * SIDE_STAGES) barrier_init(shared_address(side_barriers) + 8 * threadIdx.x, 1);
+  if (threadIdx.x == 0) barrier_init(shared_address(side_barriers) + 8 * SIDE_WARPS * SIDE_STAGES, 1);
+  if (threadIdx.x < SIDE_WARPS * SIDE_STAGES) barrier_init(shared_address(side_barriers) + 8 * threadIdx.x, 1);
 #endif
   if (threadIdx.x < 32) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   cluster_arrive_early(), cluster_wait();

@@ -23,9 +23,10 @@ constexpr int SERVICE_REGISTERS = BITS ? 88 : 40, MATH_REGISTERS = !BITS ? 232 :
 constexpr int Q_STAGES = RT == 64 ? 2 : 4, Q_BYTES = STRIP * RT * 2;
 constexpr int P_BYTES = DOWN ? RT * 128 : 0;  // for one tile
 constexpr int MOST_GROUP = 8;
-constexpr int MEETS = RT == 64 ? 1 : 2;       // strips whose sums may be on their way at once
+constexpr bool AT_ONCE = RT == 16;            // few sums go to the others from registers, more by the copy engine
+constexpr int MEETS = AT_ONCE ? 2 : 1;        // strips whose sums may be on their way at once
 constexpr int MEET_BYTES = DOWN ? 2 * (STRIP + MOST_GROUP) * RT * 4 : 0;  // of both warpgroups of all blocks
-constexpr int SUMS_BYTES = DOWN ? STRIP * RT * 4 : 0;                     // of one warpgroup
+constexpr int SUMS_BYTES = DOWN && !AT_ONCE ? STRIP * RT * 4 : 0;         // of one warpgroup
 constexpr int MASK_BYTES = DROPOUT == 2 || NEXT && BITS ? 2 * BITS_BYTES : 0;
 constexpr int ROOM = 226 << 10;  // as in sweep.rs
 constexpr int STAGES = (ROOM - Q_STAGES * Q_BYTES - 2 * PAIRS * P_BYTES - MEETS * MEET_BYTES - 2 * SUMS_BYTES) / (2 * (TILE_BYTES + MASK_BYTES));
@@ -74,7 +75,10 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 block) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
   return remote;
 }
-// From this block's memory to another's; counts for a barrier there.
+// To another block's memory; counts for a barrier there.
+__device__ __forceinline__ void send(u32 to, float x, float y, u32 bar) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(x), "f"(y), "r"(bar) : "memory");
+}
 __device__ __forceinline__ void send(u32 to, u32 from, u32 bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "r"(from), "r"(bytes), "r"(bar) : "memory");
 }
@@ -109,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2 * STAGES; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 1);
     for (int i = 0; i < Q_STAGES; ++i) barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, 2);
-    for (int i = 0; i < MEETS; ++i) barrier_init(met + 8 * i, 1), barrier_init(taken + 8 * i, 8 * group);  // all warps that multiply
+    for (int i = 0; DOWN && i < MEETS; ++i) barrier_init(met + 8 * i, 1), barrier_init(taken + 8 * i, 8 * group);  // all warps that multiply
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -209,8 +213,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   };
   // The sums of this warpgroup for a strip, to the blocks whose rows they are of.
   auto send_sums = [&](const float (&sums)[RT / 8][4], int strip) {
-    if (thread < group) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the sums of the strip before have left
-    warpgroup_sync();
+    // All have read the sums that were there before, which have left this block then.
+    if (strip >= MEETS) barrier_wait(taken + 8 * (strip % MEETS), (strip / MEETS & 1) ^ 1);
+    u32 to_meet = meet + strip % MEETS * MEET_BYTES + (rank * 2 + math) * most_own * RT * 4, bar = met + 8 * (strip % MEETS);
+    if constexpr (AT_ONCE) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int row = warp * 16 + h * 8 + g, owner = row * group / STRIP;
+        u32 there = in_block(to_meet - first_own(owner) * RT * 4 + 8 * t, owner), bar_there = in_block(bar, owner);
+#pragma unroll
+        for (int n = 0; n < RT / 8; ++n) send(there + place_of(row, n), sums[n][2 * h], sums[n][2 * h + 1], bar_there);
+      }
+      return;
+    }
     float2* to = reinterpret_cast<float2*>(shared + (own_sums - rings) + math * SUMS_BYTES) + t;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -219,10 +234,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     warpgroup_sync();
     if (thread < group) {
-      int slot = strip % MEETS, first = first_own(thread), bytes = (first_own(thread + 1) - first) * RT * 4;
-      if (strip >= MEETS) barrier_wait(taken + 8 * slot, (strip / MEETS & 1) ^ 1);  // all have read what was there before
-      send(in_block(meet + slot * MEET_BYTES + (rank * 2 + math) * most_own * RT * 4, thread), own_sums + math * SUMS_BYTES + first * RT * 4, bytes, in_block(met + 8 * slot, thread));
-      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      int first = first_own(thread), bytes = (first_own(thread + 1) - first) * RT * 4;
+      send(in_block(to_meet, thread), own_sums + math * SUMS_BYTES + first * RT * 4, bytes, in_block(bar, thread));
     }
   };
   auto add_up = [&](int strip) {
@@ -269,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
         barrier_wait(full + 8 * at, parity);
         if constexpr (MASK != 0) {
           // A thread takes chunks of 8 columns, which are the elements of one Philox block.
-#pragma unroll 2
+#pragma unroll
           for (int k = 0; k < 4; ++k) {
             int row = k * 16 + thread / 8, chunk = thread % 8;
             Vec v = load_chunk(box, row, chunk);
@@ -296,12 +309,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
         }
         previous = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
-      }
 #if DOWN
-      if (MAKES) {
-        if (strip > 0) add_up(strip - 1);
-      }
+        // Where the next sums have to wait for it, so early that they need not.
+        if (MAKES && i == (AT_ONCE ? TILES - 1 : TILES / 2) && strip > 0) add_up(strip - 1);
 #endif
+      }
       wgmma_wait<0>();
       release(previous);
       if (thread == 0) barrier_arrive(q_empty + 8 * q_stage);
@@ -313,8 +325,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
 #if DOWN
     if (MAKES) {
       add_up(strips - 1);
-      asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // before this block leaves
-      if (NEXT) fence_copies(), cluster_arrive();
+      if (NEXT) fence_copies();
+      if (NEXT || !AT_ONCE) cluster_arrive();
     }
 #endif
     float scale = MASK == 0 ? 1.f : MASK == 1 ? dropout.scale : bits.dropout.scale;
@@ -331,5 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   multiply_rows(No{}, part, col0, cols);
 #if NEXT
   multiply_rows(Yes{}, next.part, next_col0, next.cols);
+#elif DOWN
+  if (!AT_ONCE) cluster_wait();  // a block must not leave before its sums have
 #endif
 }
