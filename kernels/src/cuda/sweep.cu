@@ -23,13 +23,11 @@ constexpr int SERVICE_REGISTERS = BITS ? 88 : 40, MATH_REGISTERS = !BITS ? 232 :
 constexpr int Q_STAGES = RT == 64 ? 2 : 4, Q_BYTES = STRIP * RT * 2;
 constexpr int P_BYTES = DOWN ? RT * 128 : 0;  // for one tile
 constexpr int MOST_GROUP = 8;
-constexpr bool AT_ONCE = RT == 16;            // few sums go to the others from registers, more by the copy engine
-constexpr int MEETS = AT_ONCE ? 2 : 1;        // strips whose sums may be on their way at once
+constexpr int MEETS = RT == 64 ? 1 : 2;       // strips whose sums may be on their way at once
 constexpr int MEET_BYTES = DOWN ? 2 * (STRIP + MOST_GROUP) * RT * 4 : 0;  // of both warpgroups of all blocks
-constexpr int SUMS_BYTES = DOWN && !AT_ONCE ? STRIP * RT * 4 : 0;         // of one warpgroup
 constexpr int MASK_BYTES = DROPOUT == 2 || NEXT && BITS ? 2 * BITS_BYTES : 0;
 constexpr int ROOM = 226 << 10;  // as in sweep.rs
-constexpr int STAGES = (ROOM - Q_STAGES * Q_BYTES - 2 * PAIRS * P_BYTES - MEETS * MEET_BYTES - 2 * SUMS_BYTES) / (2 * (TILE_BYTES + MASK_BYTES));
+constexpr int STAGES = (ROOM - Q_STAGES * Q_BYTES - 2 * PAIRS * P_BYTES - MEETS * MEET_BYTES) / (2 * (TILE_BYTES + MASK_BYTES));
 static_assert(STAGES >= 2, "a tile is to be on its way while another is read");
 constexpr int SIDE_BY_SIDE = STAGES < 4 ? 2 : STAGES < 8 ? 4 : 8;  // tiles that are loaded together, no more than half a ring
 // The next of a row must not wait for the last that is multiplied.
@@ -79,10 +77,6 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 block) {
 __device__ __forceinline__ void send(u32 to, float x, float y, u32 bar) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(x), "f"(y), "r"(bar) : "memory");
 }
-__device__ __forceinline__ void send(u32 to, u32 from, u32 bytes, u32 bar) {
-  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "r"(from), "r"(bytes), "r"(bar) : "memory");
-}
-
 // As `fence_copies` of flags.cuh.
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
@@ -99,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[4 * STAGES + 2 * Q_STAGES + 2 * MEETS];
   u32 rings = shared_address(shared), q_ring = rings + 2 * STAGES * TILE_BYTES, p_tiles = q_ring + Q_STAGES * Q_BYTES;
-  u32 meet = p_tiles + 2 * PAIRS * P_BYTES, own_sums = meet + MEETS * MEET_BYTES, masks = own_sums + 2 * SUMS_BYTES;
+  u32 meet = p_tiles + 2 * PAIRS * P_BYTES, masks = meet + MEETS * MEET_BYTES;
   u32 full = shared_address(barriers), empty = full + 2 * STAGES * 8, q_full = empty + 2 * STAGES * 8, q_empty = q_full + Q_STAGES * 8;
   u32 met = q_empty + Q_STAGES * 8, taken = met + MEETS * 8;
 
@@ -206,36 +200,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     if (both == 0 && strip < strips) barrier_expect(met + 8 * (strip % MEETS), 2 * group * own * RT * 4);
   };
   for (int i = 0; i < MEETS; ++i) expect_meeting(i);
-  // Eights of sums in a row of RT take places by which neither eight rows nor eight sums come from the same banks.
-  auto place_of = [&](int row, int eight) {
-    int turn = RT == 64 ? row & 7 : RT == 32 ? row & 3 : row >> 1 & 1;
-    return (row * RT + (eight ^ turn) * 8) * 4;
-  };
-  // The sums of this warpgroup for a strip, to the blocks whose rows they are of.
+  // The sums of this warpgroup for a strip, to the blocks whose rows they are of, when all of them have read those that were
+  // there before.
   auto send_sums = [&](const float (&sums)[RT / 8][4], int strip) {
-    // All have read the sums that were there before, which have left this block then.
-    if (strip >= MEETS) barrier_wait(taken + 8 * (strip % MEETS), (strip / MEETS & 1) ^ 1);
-    u32 to_meet = meet + strip % MEETS * MEET_BYTES + (rank * 2 + math) * most_own * RT * 4, bar = met + 8 * (strip % MEETS);
-    if constexpr (AT_ONCE) {
+    int slot = strip % MEETS;
+    if (strip >= MEETS) barrier_wait(taken + 8 * slot, (strip / MEETS & 1) ^ 1);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int row = warp * 16 + h * 8 + g, owner = row * group / STRIP;
-        u32 there = in_block(to_meet - first_own(owner) * RT * 4 + 8 * t, owner), bar_there = in_block(bar, owner);
+    for (int h = 0; h < 2; ++h) {
+      int row = warp * 16 + h * 8 + g, owner = row * group / STRIP;
+      u32 to = meet + slot * MEET_BYTES + (((rank * 2 + math) * most_own + row - first_own(owner)) * RT + 2 * t) * 4;
+      u32 there = in_block(to, owner), bar = in_block(met + 8 * slot, owner);
 #pragma unroll
-        for (int n = 0; n < RT / 8; ++n) send(there + place_of(row, n), sums[n][2 * h], sums[n][2 * h + 1], bar_there);
-      }
-      return;
-    }
-    float2* to = reinterpret_cast<float2*>(shared + (own_sums - rings) + math * SUMS_BYTES) + t;
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int n = 0; n < RT / 8; ++n) to[place_of(warp * 16 + h * 8 + g, n) / 8] = make_float2(sums[n][2 * h], sums[n][2 * h + 1]);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    warpgroup_sync();
-    if (thread < group) {
-      int first = first_own(thread), bytes = (first_own(thread + 1) - first) * RT * 4;
-      send(in_block(to_meet, thread), own_sums + math * SUMS_BYTES + first * RT * 4, bytes, in_block(bar, thread));
+      for (int n = 0; n < RT / 8; ++n) send(there + n * 32, sums[n][2 * h], sums[n][2 * h + 1], bar);
     }
   };
   auto add_up = [&](int strip) {
@@ -245,11 +221,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     const float* sums = reinterpret_cast<const float*>(shared + (meet - rings) + slot * MEET_BYTES);
     for (int at = both; at < own * (RT / 2); at += 256) {
       int row = row0 + strip * STRIP + first_own(rank) + at / (RT / 2), pair = at % (RT / 2);
-      int place = place_of(first_own(rank) + at / (RT / 2), pair / 4) - first_own(rank) * RT * 4;
       float2 sum = make_float2(0.f, 0.f);
 #pragma unroll 8
       for (int from = 0; from < 2 * group; ++from) {
-        float2 v = *reinterpret_cast<const float2*>(sums + from * most_own * RT + place / 4 + pair % 4 * 2);
+        float2 v = *reinterpret_cast<const float2*>(sums + (from * most_own + at / (RT / 2)) * RT + 2 * pair);
         sum.x += v.x, sum.y += v.y;
       }
       float scale = scales.of[pair / 8];
@@ -309,11 +284,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
         }
         previous = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
-#if DOWN
-        // Where the next sums have to wait for it, so early that they need not.
-        if (MAKES && i == (AT_ONCE ? TILES - 1 : TILES / 2) && strip > 0) add_up(strip - 1);
-#endif
       }
+#if DOWN
+      if (MAKES && strip > 0) add_up(strip - 1);
+#endif
       wgmma_wait<0>();
       release(previous);
       if (thread == 0) barrier_arrive(q_empty + 8 * q_stage);
@@ -325,8 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
 #if DOWN
     if (MAKES) {
       add_up(strips - 1);
-      if (NEXT) fence_copies();
-      if (NEXT || !AT_ONCE) cluster_arrive();
+      if (NEXT) fence_copies(), cluster_arrive();
     }
 #endif
     float scale = MASK == 0 ? 1.f : MASK == 1 ? dropout.scale : bits.dropout.scale;
@@ -343,7 +316,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   multiply_rows(No{}, part, col0, cols);
 #if NEXT
   multiply_rows(Yes{}, next.part, next_col0, next.cols);
-#elif DOWN
-  if (!AT_ONCE) cluster_wait();  // a block must not leave before its sums have
 #endif
 }
