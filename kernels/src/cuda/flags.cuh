@@ -12,8 +12,6 @@ __device__ __forceinline__ void await_count(const u32* flag, u32 count) {
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
   while (found < count);
 }
-// Orders plain accesses of this thread, and those it has synchronized with, and copies by the engine.
-__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // As in hopper.rs.
 struct Flags {

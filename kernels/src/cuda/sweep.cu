@@ -77,8 +77,6 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 block) {
 __device__ __forceinline__ void send(u32 to, float x, float y, u32 bar) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(x), "f"(y), "r"(bar) : "memory");
 }
-// As `fence_copies` of flags.cuh.
-__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     const __grid_constant__ TensorMap z_map,  // [rows, cols], box 64 x 16
