@@ -22,7 +22,7 @@ use crate::reduce::{Gradient, Sum};
 use crate::rows::{Rows, padded_rank};
 use crate::side::{Parts, SideWork};
 use crate::skinny::{RowsMut, Scales};
-use crate::sweep::{Down, Next, Swept};
+use crate::sweep::{Down, Next};
 
 /// What a backward returns.
 #[derive(Debug)]
@@ -146,7 +146,7 @@ impl Kernels {
             let a_beside = beside && launcher.aligned(xs);
             let swept = if made {
                 bits.as_mut().map_or(Ok(()), |bits| launcher.draw(bits))?;
-                Swept::default()
+                None
             } else {
                 let first_col = if a_beside {
                     launcher.sweeps_from(dys, xs, cols)
@@ -172,11 +172,13 @@ impl Kernels {
             let masking = bits.as_ref().map_or(Masking::drawn(pre), Masking::Read);
             let a_grad = Gradient::of_a(&launcher, a_grad, rank, accumulate);
             let b_grad = Gradient::of_b(&launcher, b_grad, rank, accumulate);
-            let b_beside = beside && swept.outer.is_none() && post.is_none();
+            let b_swept = swept.as_ref().map(|swept| &swept.outer);
+            let a_swept = swept.as_ref().and_then(|swept| swept.next.as_ref());
+            let b_beside = beside && b_swept.is_none() && post.is_none();
             // What is not swept of the gradient of A.
-            let a_cols = swept.next.as_ref().map_or(xs.cols, |next| next.made.start);
-            let of_a = swept.next.as_ref().map(|part| Sum::new(part, &a_grad));
-            let of_b = swept.outer.as_ref().map(|part| Sum::new(part, &b_grad));
+            let a_cols = a_swept.map_or(xs.cols, |part| part.made.start);
+            let of_a = a_swept.map(|part| Sum::new(part, &a_grad));
+            let of_b = b_swept.map(|part| Sum::new(part, &b_grad));
             let mut sums: Vec<Sum> = of_a.into_iter().chain(of_b).collect();
             let side = (a_beside || b_beside).then(|| SideWork {
                 a: a_beside.then_some((xs, &a_grad, a_cols)),
@@ -211,7 +213,7 @@ impl Kernels {
                 left => left,
             };
             let b_part = match parts.b {
-                None if !b_beside && swept.outer.is_none() => {
+                None if !b_beside && b_swept.is_none() => {
                     Some(launcher.outer(dys, &s, Masking::drawn(post))?)
                 }
                 left => left,

@@ -168,7 +168,8 @@ impl Kernels {
             bits: None,
             next: None,
         };
-        let part = launcher.shrink_and_outer(dys, down, &s, post)?.outer;
+        let swept = launcher.shrink_and_outer(dys, down, &s, post)?;
+        let part = swept.map(|swept| swept.outer);
         let ds = ds.as_view();
         let ds = columns.of(&ds, rows)?;
         let hopper = input == InputGradient::Wanted

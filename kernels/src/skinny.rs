@@ -119,23 +119,24 @@ impl Launcher<'_> {
         unsafe { self.launch("launch of shrink", &function, grid, &args) }
     }
 
-    /// [`Self::shrink`] of `z` into `down`, and partial sums of `qᵀ D(z)` where the same pass can make
-    /// them.
+    /// [`Self::shrink`] of `z` into `down`, and partial sums of `qᵀ D(z)` and of what is next where the same
+    /// pass can make them.
     pub fn shrink_and_outer<T: Element>(
         &self,
         z: &Rows<T>,
         mut down: Down<T>,
         q: &Rows<T>,
         mask: Option<Mask>,
-    ) -> Result<Swept> {
+    ) -> Result<Option<Swept>> {
         if self.sweeps(z, q.cols, true) {
-            return self.sweep(z, q, Some(down), Masking::drawn(mask));
+            let swept = self.sweep(z, q, Some(down), Masking::drawn(mask))?;
+            return Ok(Some(swept));
         }
         if let Some(bits) = down.bits.take() {
             self.draw(bits)?;
         }
         self.shrink(z, down.p, down.scales, mask, (down.s, false))?;
-        Ok(Swept::default())
+        Ok(None)
     }
 
     /// `out[rows, cols] = D(q pᵀ) + bias`, with `p` packed as padded cols by ranks.
@@ -192,10 +193,8 @@ impl Launcher<'_> {
 
     /// Partial sums of `qᵀ D(z)`: `[splits, q.cols, z.cols]`, to be added up by [`Self::reduce`].
     pub fn outer<T: Element>(&self, z: &Rows<T>, q: &Rows<T>, masking: Masking) -> Result<Partial> {
-        if self.sweeps(z, q.cols, false)
-            && let Some(partial) = self.sweep(z, q, None, masking)?.outer
-        {
-            return Ok(partial);
+        if self.sweeps(z, q.cols, false) {
+            return Ok(self.sweep(z, q, None, masking)?.outer);
         }
         let (padded, mask) = (q.cols, masking.mask());
         if z.rows == 0 {

@@ -50,11 +50,10 @@ pub(crate) struct Next<'a, T> {
     pub first_col: usize,
 }
 
-/// What a pass makes: nothing where it cannot.
-#[derive(Default)]
+/// Partial sums that a pass makes.
 pub(crate) struct Swept {
     /// Of `qᵀ D(z)`.
-    pub outer: Option<Partial>,
+    pub outer: Partial,
     /// Of [`Next`].
     pub next: Option<Partial>,
 }
@@ -227,7 +226,7 @@ impl Launcher<'_> {
         };
         let next = next_part.zip(next_made);
         Ok(Swept {
-            outer: Some(partial(part, z.cols, 0..z.cols)),
+            outer: partial(part, z.cols, 0..z.cols),
             next: next.map(|(part, (cols, made))| partial(part, cols, made)),
         })
     }
