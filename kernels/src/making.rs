@@ -67,14 +67,14 @@ impl Launcher<'_> {
         // The arithmetic units have time to draw for most of the reading.
         let drawn = (drawing - 0.7 * reading).max(0.0);
         let swept = SWEEP_START + reading + drawn + rest(xs.cols);
-        // With more than 32 ranks the tiles wait for the rest longer than it takes to read.
-        let sweeps = match self.sweeps_from(dys, xs, ranks) {
-            None if ranks > 32 => false,
-            None => self.sweeps(dys, ranks, true),
-            Some(_) => true,
+        // More than 32 ranks were measured to be faster in a pass that makes what is left of the gradient of A, and
+        // slower in one that leaves it for after the tiles.
+        let worth = if ranks > 32 {
+            self.sweeps_from(dys, xs, ranks).is_none()
+        } else {
+            made < swept || !self.sweeps(dys, ranks, true)
         };
-        let worth = made < swept && ranks <= 32;
-        self.makes_at_once(xs.rows) && ranks <= most && (worth || !sweeps)
+        self.makes_at_once(xs.rows) && ranks <= most && worth
     }
 
     /// The column of `xs` from which on a pass over `dys` makes the gradient of A as well, so that what is before it can
