@@ -20,7 +20,7 @@ use crate::pack::Source;
 use crate::path::Path;
 use crate::reduce::{Gradient, Sum};
 use crate::rows::{Rows, padded_rank};
-use crate::side::{Parts, SideWork};
+use crate::side::{Pace, Parts, SideWork};
 use crate::skinny::{RowsMut, Scales};
 use crate::sweep::{Down, Next};
 
@@ -135,8 +135,11 @@ impl Kernels {
         packed.flags.backward(&launcher, |flags| {
             let beside = hopper && cols <= MOST_MADE && flags.is_some();
             let mut ds = launcher.alloc("the rank-sized gradient", rows * cols)?;
-            let made =
-                beside && post.is_none() && launcher.makes_backward(dys, xs, cols, pre.is_some());
+            let pace = Pace {
+                ranks: cols,
+                masked: pre.is_some(),
+            };
+            let made = beside && post.is_none() && launcher.makes_backward(dys, xs, pace);
             // Where a mask is read, dS holds its scale, for dx and dA.
             let (mask, mask_scale) = pre.filter(|_| hopper).map(Mask::split).unzip();
             let scale = linear.scaling * mask_scale.unwrap_or(1.0);
@@ -149,7 +152,7 @@ impl Kernels {
                 None
             } else {
                 let first_col = if a_beside {
-                    launcher.sweeps_from(dys, xs, cols)
+                    launcher.sweeps_from(dys, xs, pace)
                 } else {
                     // The pass reads no mask but the one that it draws.
                     let masked = pre.is_some() && bits.is_none();

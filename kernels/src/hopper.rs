@@ -187,6 +187,7 @@ impl Launcher<'_> {
             weight: (w_rows, w_cols),
             q: (low.q_at, low.q_stride),
             rank,
+            masked: matches!(masking, Masking::Read(_)),
             blocks: CLUSTER * grid_clusters,
             spare,
         };

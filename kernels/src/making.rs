@@ -5,7 +5,7 @@ use crate::hopper::{CLUSTER, TILE};
 use crate::launch::Launcher;
 use crate::path::Preference;
 use crate::rows::Rows;
-use crate::side::{self, CHUNK};
+use crate::side::{self, CHUNK, Pace};
 
 /// Most ranks that a launch can make the rank-sized product of, or gradients of the adapter beside.
 pub(crate) const MOST_MADE: usize = 64;
@@ -38,21 +38,16 @@ impl Launcher<'_> {
     }
 
     /// Whether dS is better made by the product's first tiles, and both gradients of the adapter beside,
-    /// than dS and the gradient of B in one pass over `dys` before; `masked`: the bits of the mask of `xs` are drawn in a
-    /// pass of their own, or by that one.
-    pub fn makes_backward<T: Element>(
-        &self,
-        dys: &Rows<T>,
-        xs: &Rows<T>,
-        ranks: usize,
-        masked: bool,
-    ) -> bool {
+    /// than dS and the gradient of B in one pass over `dys` before; where masked, the bits of the mask of `xs` are drawn in
+    /// a pass of their own, or by that one.
+    pub fn makes_backward<T: Element>(&self, dys: &Rows<T>, xs: &Rows<T>, pace: Pace) -> bool {
+        let Pace { ranks, masked } = pace;
         let most = if masked { MOST_MADE_MASKED } else { MOST_MADE };
         if self.kernels.preference() == Preference::Hopper {
             // Of those with a mask, some take the other way.
             return ranks <= most && !(masked && xs.cols > CHUNK);
         }
-        let beside = self.beside(dys, xs.cols, ranks);
+        let beside = self.beside(dys, xs.cols, pace);
         let rest = |width: usize| match width.saturating_sub(beside) {
             0 => 0.0,
             rest => SIDE_START + micros(xs.rows, rest),
@@ -70,7 +65,7 @@ impl Launcher<'_> {
         // More than 32 ranks were measured to be faster in a pass that makes what is left of the gradient of A, and
         // slower in one that leaves it for after the tiles.
         let worth = if ranks > 32 {
-            self.sweeps_from(dys, xs, ranks).is_none()
+            self.sweeps_from(dys, xs, pace).is_none()
         } else {
             made < swept || !self.sweeps(dys, ranks, true)
         };
@@ -83,27 +78,27 @@ impl Launcher<'_> {
         &self,
         dys: &Rows<T>,
         xs: &Rows<T>,
-        ranks: usize,
+        pace: Pace,
     ) -> Option<usize> {
         let wide = xs.cols;
         let first = if self.kernels.preference() == Preference::Hopper {
             // Small layers take this way too, if there is a chunk for each.
             (wide > CHUNK).then_some(wide / 2 / CHUNK * CHUNK)?
         } else {
-            let beside = self.beside(dys, wide, ranks);
+            let beside = self.beside(dys, wide, pace);
             let idle = self.spare(xs.rows, wide) / CLUSTER;
             // As many chunks for each cluster.
             let step = CHUNK * idle.max(1);
             (beside < wide).then_some(beside / step * step)?
         };
-        self.sweeps_next(dys, ranks, xs, wide - first)
+        self.sweeps_next(dys, pace.ranks, xs, wide - first)
             .then_some(first)
     }
 
     /// Columns that the clusters without tiles read while the others make the gradient of the input.
-    fn beside<T>(&self, dys: &Rows<T>, in_features: usize, ranks: usize) -> usize {
+    fn beside<T>(&self, dys: &Rows<T>, in_features: usize, pace: Pace) -> usize {
         let spare = self.spare(dys.rows, in_features);
-        side::beside(spare, (dys.cols, in_features), ranks)
+        side::beside(spare, (dys.cols, in_features), pace)
     }
 
     /// Blocks without tiles.

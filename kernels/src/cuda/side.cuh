@@ -23,10 +23,17 @@ struct Side {
 // A warp takes 64 columns of z and adds up 16 ranks by 64 columns a step of the rank: acc[step][8 columns].
 constexpr int BOX_ROWS = 32, BOX_COLS = 64, BOX_BYTES = BOX_ROWS * BOX_COLS * 2;
 
-// qᵀ of 16 rows and 16 ranks, from rows of `ranks` at `address`.
-__device__ __forceinline__ void load_q(u32 (&a)[4], u32 address, int ranks, int lane) {
-  ldmatrix_transposed(a, address + (((lane >> 4) * 8 + (lane & 7)) * ranks + (lane >> 3 & 1) * 8) * 2);
+// Rows of q in shared memory: where chunk `chunk` of 8 ranks of row `row` is, so that those of 8 rows are in as many banks
+// as there are.
+constexpr int SIDE_RANK = 16 * RANK_STEPS;
+__device__ __forceinline__ u32 q_place(int row, int chunk) {
+  constexpr int CHUNKS = SIDE_RANK / 8;
+  return row * (SIDE_RANK * 2) + ((chunk ^ (row / (8 / CHUNKS)) % CHUNKS) << 4);
 }
+// What a lane adds to where rows of q begin, for `load_q`.
+__device__ __forceinline__ u32 q_lane(int lane) { return q_place((lane >> 4) * 8 + (lane & 7), lane >> 3 & 1); }
+// qᵀ of 16 rows from row 16 * i on and the 16 ranks from 16 * j on.
+__device__ __forceinline__ void load_q(u32 (&a)[4], u32 q, int i, int j) { ldmatrix_transposed(a, (q ^ j << 5) + i * 16 * SIDE_RANK * 2); }
 
 // The bits of 16 rows of a box for the fragments of `add_across`: rows 2t (low half) and 2t + 1 (high
 // half), and the same 8 rows on; bit 2j is for the thread's column of tile j.
@@ -73,8 +80,12 @@ __device__ __forceinline__ void add_across(float (&acc)[RANK_STEPS][8][4], const
     }
 }
 
+// What follows from `lane` is computed from here on; before the first unit, it would take registers all the time.
+__device__ __forceinline__ void late(int& lane) { asm volatile("" : "+r"(lane)); }
+
 // part[ranks, cols] = acc, columns from col0 on.
 __device__ __forceinline__ void store_across(const float (&acc)[RANK_STEPS][8][4], float* part, int col0, int cols, int lane) {
+  late(lane);
 #pragma unroll
   for (int j = 0; j < RANK_STEPS; ++j)
 #pragma unroll
@@ -88,7 +99,7 @@ __device__ __forceinline__ void store_across(const float (&acc)[RANK_STEPS][8][4
 
 // ---- units of side work ------------------------------------------------------------------------
 constexpr int SIDE_WARPS = 8, SIDE_STAGES = 4, SIDE_CHUNK = SIDE_WARPS * BOX_COLS;
-constexpr int SIDE_RANK = 16 * RANK_STEPS, SIDE_RING_BYTES = SIDE_WARPS * SIDE_STAGES * BOX_BYTES;
+constexpr int SIDE_RING_BYTES = SIDE_WARPS * SIDE_STAGES * BOX_BYTES;
 constexpr int Q_ROWS = 2048 / RANK_STEPS;  // rows of q that stand in shared memory
 constexpr int SIDE_BITS_BYTES = DROPOUT == 2 ? SIDE_WARPS * SIDE_STAGES * BITS_BYTES : 0;
 
@@ -100,7 +111,7 @@ __device__ __forceinline__ void copy_rows(u32 dst, const T* src, int stride, int
 #pragma unroll 1
   for (int row = thread / VECS; row < count; row += SIDE_WARPS * 32 / VECS) {
     const T* from = src + (i64)min(row0 + row, rows - 1) * stride + thread % VECS * 8;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst + (row * VECS + thread % VECS) * 16), "l"(from), "r"(row0 + row < rows ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst + q_place(row, thread % VECS)), "l"(from), "r"(row0 + row < rows ? 16 : 0) : "memory");
   }
 }
 // Of this thread: a barrier is still to follow.
@@ -111,6 +122,7 @@ constexpr int PIECE_BYTES = 8 * BOX_COLS * 4;  // 8 ranks of a warp's columns
 // Puts the sums of all rows, which are laid out as for `store_across`, where they belong, through the warp's piece of
 // shared memory: the code for one of them is long.
 __device__ __forceinline__ void put_across(const float (&acc)[RANK_STEPS][8][4], const Sum& sum, int col0, float* piece, int lane) {
+  late(lane);
 #pragma unroll
   for (int eight = 0; eight < 2 * RANK_STEPS; ++eight) {
 #pragma unroll
@@ -222,21 +234,21 @@ __device__ __forceinline__ void side_work(
   auto add_strips = [&](auto masked, const SideUnit& unit, const SideUnit& next, int& stage, u32& parity) {
     constexpr bool MASKED = decltype(masked)::value;
     float acc[RANK_STEPS][8][4] = {};
-    u32 q_at = q_address;
+    u32 q_first = q_address + q_lane(lane), q_at = q_first;
     for (int strip = 0; strip < unit.strips; ++strip, q_at += BOX_ROWS * SIDE_RANK * 2) {
-      if (q_at == q_address + Q_ROWS * SIDE_RANK * 2) {
+      if (q_at == q_first + Q_ROWS * SIDE_RANK * 2) {
         side_sync();
         copy_q_rows(unit, strip * BOX_ROWS);
         await_copies();
         side_sync();
-        q_at = q_address;
+        q_at = q_first;
       }
       barrier_wait(full + 8 * stage, parity);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         u32 a[RANK_STEPS][4];
 #pragma unroll
-        for (int j = 0; j < RANK_STEPS; ++j) load_q(a[j], q_at + i * 16 * SIDE_RANK * 2 + j * 32, SIDE_RANK, lane);
+        for (int j = 0; j < RANK_STEPS; ++j) load_q(a[j], q_at, i, j);
         add_across<MASKED>(acc, a, ring + stage * BOX_BYTES, i, ring_bits + stage * BITS_BYTES, unit.col0, lane);
       }
       __syncwarp();
