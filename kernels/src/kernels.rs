@@ -101,7 +101,13 @@ impl Kernel {
                     "shrink_ring.cuh"
                 )
             }
-            Self::Sweep => joined!("sweep.cu", "tile.cuh", "hopper.cuh", "wgmma.cuh"),
+            Self::Sweep => joined!(
+                "sweep.cu",
+                "tile.cuh",
+                "hopper.cuh",
+                "wgmma.cuh",
+                "meeting.cuh"
+            ),
             Self::Bits => with_hopper!("bits.cu"),
             Self::Gemm => joined!(
                 "gemm.cu",

@@ -14,7 +14,7 @@
 // see `most_pairs` in sweep.rs), DROPOUT 0, 1 = z is masked by counter, 2 = by bits (DOWN 0). BITS 1 = draw those of
 // another matrix on the way, since the arithmetic units have time while memory has none. NEXT (with DOWN) = pairs of tiles
 // in a row of the other matrix, which is masked with BITS.
-constexpr int STRIP = 64;      // rows of a tile, whose columns are 64 too
+// Tiles have the rows of a strip, and 64 columns.
 constexpr int LOAD_ROWS = 16;  // that are loaded at once
 constexpr int TILE_BYTES = STRIP * 128;
 constexpr int SERVICE = BITS && RT == 16 ? 2 : 1;  // warpgroups that load and draw
@@ -22,12 +22,9 @@ constexpr int THREADS = (SERVICE + 2) * 128;
 constexpr int SERVICE_REGISTERS = BITS ? 88 : 40, MATH_REGISTERS = !BITS ? 232 : SERVICE == 2 ? 168 : 208;
 constexpr int Q_STAGES = RT == 64 ? 2 : 4, Q_BYTES = STRIP * RT * 2;
 constexpr int P_BYTES = DOWN ? RT * 128 : 0;  // for one tile
-constexpr int MOST_GROUP = 8;
-constexpr int MEETS = RT == 64 ? 1 : 2;       // strips whose sums may be on their way at once
-constexpr int MEET_BYTES = DOWN ? 2 * (STRIP + MOST_GROUP) * RT * 4 : 0;  // of both warpgroups of all blocks
 constexpr int MASK_BYTES = DROPOUT == 2 || NEXT && BITS ? 2 * BITS_BYTES : 0;
 constexpr int ROOM = 226 << 10;  // as in sweep.rs
-constexpr int STAGES = (ROOM - Q_STAGES * Q_BYTES - 2 * PAIRS * P_BYTES - MEETS * MEET_BYTES) / (2 * (TILE_BYTES + MASK_BYTES));
+constexpr int STAGES = (ROOM - Q_STAGES * Q_BYTES - 2 * PAIRS * P_BYTES - MEETS * MEET_BYTES - SUMS_BYTES) / (2 * (TILE_BYTES + MASK_BYTES));
 static_assert(STAGES >= 2, "a tile is to be on its way while another is read");
 constexpr int SIDE_BY_SIDE = STAGES < 4 ? 2 : STAGES < 8 ? 4 : 8;  // tiles that are loaded together, no more than half a ring
 // The next of a row must not wait for the last that is multiplied.
@@ -68,16 +65,6 @@ __device__ __forceinline__ u64 q_descriptor(u32 address) {
 }
 constexpr u32 Q_STEP = 16 * RT * 2 >> 4, ROWS_STEP = 16 * 128 >> 4;
 
-__device__ __forceinline__ u32 in_block(u32 address, u32 block) {
-  u32 remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
-  return remote;
-}
-// To another block's memory; counts for a barrier there.
-__device__ __forceinline__ void send(u32 to, float x, float y, u32 bar) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(x), "f"(y), "r"(bar) : "memory");
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     const __grid_constant__ TensorMap z_map,  // [rows, cols], box 64 x 16
     const __grid_constant__ TensorMap p_map,  // [RT, cols or padded cols], box 64 x RT
@@ -91,21 +78,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[4 * STAGES + 2 * Q_STAGES + 2 * MEETS];
   u32 rings = shared_address(shared), q_ring = rings + 2 * STAGES * TILE_BYTES, p_tiles = q_ring + Q_STAGES * Q_BYTES;
-  u32 meet = p_tiles + 2 * PAIRS * P_BYTES, masks = meet + MEETS * MEET_BYTES;
+  u32 meet = p_tiles + 2 * PAIRS * P_BYTES, own_sums = meet + MEETS * MEET_BYTES, masks = own_sums + SUMS_BYTES;
   u32 full = shared_address(barriers), empty = full + 2 * STAGES * 8, q_full = empty + 2 * STAGES * 8, q_empty = q_full + Q_STAGES * 8;
   u32 met = q_empty + Q_STAGES * 8, taken = met + MEETS * 8;
 
   int rank = blockIdx.x % group, block = blockIdx.x / group, warpgroup = threadIdx.x / 128;
   int row0 = block * block_rows, strips = (min(block_rows, rows - row0) + STRIP - 1) / STRIP;
   int col0 = rank * 2 * PAIRS * 64, next_col0 = next.first_col + rank * 2 * NEXT * 64;
-  // This block's rows of a strip, of which it adds up the sums of DOWN.
-  auto first_own = [&](int block) { return (STRIP * block + group - 1) / group; };
-  int most_own = first_own(1), own = first_own(rank + 1) - first_own(rank);
+  Meeting meeting(shared + (meet - rings), shared + (own_sums - rings), met, taken, group, rank, strips);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2 * STAGES; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 1);
     for (int i = 0; i < Q_STAGES; ++i) barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, 2);
-    for (int i = 0; DOWN && i < MEETS; ++i) barrier_init(met + 8 * i, 1), barrier_init(taken + 8 * i, 8 * group);  // all warps that multiply
+    if (DOWN) meeting.init_barriers();
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -194,44 +179,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   auto warpgroup_sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(math + 1) : "memory"); };
 #if DOWN
   int both = math * 128 + thread;
-  auto expect_meeting = [&](int strip) {
-    if (both == 0 && strip < strips) barrier_expect(met + 8 * (strip % MEETS), 2 * group * own * RT * 4);
-  };
-  for (int i = 0; i < MEETS; ++i) expect_meeting(i);
-  // The sums of this warpgroup for a strip, to the blocks whose rows they are of, when all of them have read those that were
-  // there before.
-  auto send_sums = [&](const float (&sums)[RT / 8][4], int strip) {
-    int slot = strip % MEETS;
-    if (strip >= MEETS) barrier_wait(taken + 8 * slot, (strip / MEETS & 1) ^ 1);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      int row = warp * 16 + h * 8 + g, owner = row * group / STRIP;
-      u32 to = meet + slot * MEET_BYTES + (((rank * 2 + math) * most_own + row - first_own(owner)) * RT + 2 * t) * 4;
-      u32 there = in_block(to, owner), bar = in_block(met + 8 * slot, owner);
-#pragma unroll
-      for (int n = 0; n < RT / 8; ++n) send(there + n * 32, sums[n][2 * h], sums[n][2 * h + 1], bar);
-    }
-  };
+  for (int i = 0; i < MEETS; ++i) meeting.expect(i, both);
   auto add_up = [&](int strip) {
-    int slot = strip % MEETS;
-    barrier_wait(met + 8 * slot, strip / MEETS & 1);
-    expect_meeting(strip + MEETS);
-    const float* sums = reinterpret_cast<const float*>(shared + (meet - rings) + slot * MEET_BYTES);
-    for (int at = both; at < own * (RT / 2); at += 256) {
-      int row = row0 + strip * STRIP + first_own(rank) + at / (RT / 2), pair = at % (RT / 2);
-      float2 sum = make_float2(0.f, 0.f);
-#pragma unroll 8
-      for (int from = 0; from < 2 * group; ++from) {
-        float2 v = *reinterpret_cast<const float2*>(sums + (from * most_own + at / (RT / 2)) * RT + 2 * pair);
-        sum.x += v.x, sum.y += v.y;
-      }
+    meeting.add_up(strip, both, [&](int row, int pair, float2 sum) {
       float scale = scales.of[pair / 8];
       if (DROPOUT) scale *= dropout.scale;
+      row += row0 + strip * STRIP;
       if (row < rows) *reinterpret_cast<u32*>(s + (i64)row * lds + 2 * pair) = pack_halves(scale * sum.x, scale * sum.y);
-    }
-    // What this warp has read has come, since it is added up: the arrival needs no barrier of memory.
-    __syncwarp();
-    if (strip + MEETS < strips && lane < group) barrier_arrive_at(taken + 8 * slot, lane);
+    });
   };
   cluster_wait();
 #endif
@@ -282,22 +237,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
         }
         previous = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
-      }
 #if DOWN
-      if (MAKES && strip > 0) add_up(strip - 1);
+        // Where the next sums have to wait for it, so early that they need not.
+        if (MAKES && i == (AT_ONCE ? TILES - 1 : TILES / 2) && strip > 0) add_up(strip - 1);
 #endif
+      }
       wgmma_wait<0>();
       release(previous);
       if (thread == 0) barrier_arrive(q_empty + 8 * q_stage);
       if (++q_stage == Q_STAGES) q_stage = 0, q_parity ^= 1;
 #if DOWN
-      if (MAKES) send_sums(down, strip);
+      if (MAKES) meeting.give(down, strip, both);
 #endif
     }
 #if DOWN
     if (MAKES) {
       add_up(strips - 1);
-      if (NEXT) fence_copies(), cluster_arrive();
+      if (NEXT) fence_copies();
+      if (NEXT || !AT_ONCE) cluster_arrive();
     }
 #endif
     float scale = MASK == 0 ? 1.f : MASK == 1 ? dropout.scale : bits.dropout.scale;
@@ -314,5 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   multiply_rows(No{}, part, col0, cols);
 #if NEXT
   multiply_rows(Yes{}, next.part, next_col0, next.cols);
+#elif DOWN
+  if (!AT_ONCE) cluster_wait();  // a block must not leave before its sums have
 #endif
 }
