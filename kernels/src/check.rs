@@ -172,18 +172,20 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
                 }
             }
         }
-        // q is given or made, gradients are made beside or not.
-        for (backward, dropout, down, side) in [
-            (0, 0, 0, 0),
-            (0, 1, 0, 0),
-            (0, 0, 1, 0),
-            (0, 0, 2, 0),
-            (1, 0, 0, 0),
-            (1, 2, 0, 0),
-            (1, 0, 0, 1),
-            (1, 2, 0, 1),
-            (1, 0, 1, 1),
-            (1, 2, 1, 1),
+        // q is given or made, gradients are made beside or not, the last tiles by several clusters or not.
+        for (backward, dropout, down, side, tail) in [
+            (0, 0, 0, 0, 0),
+            (0, 1, 0, 0, 0),
+            (0, 0, 1, 0, 0),
+            (0, 0, 2, 0, 0),
+            (0, 0, 1, 0, 1),
+            (0, 0, 2, 0, 1),
+            (1, 0, 0, 0, 0),
+            (1, 2, 0, 0, 0),
+            (1, 0, 0, 1, 0),
+            (1, 2, 0, 1, 0),
+            (1, 0, 1, 1, 0),
+            (1, 2, 1, 1, 0),
         ] {
             let steps: &[u32] = match (down, side) {
                 (2, _) => &[1, 2],
@@ -198,6 +200,7 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
                     ("RANK_STEPS", steps),
                     ("DOWN", down),
                     ("SIDE", side),
+                    ("TAIL", tail),
                 ];
                 all.push((
                     Kernel::Gemm,

@@ -6,32 +6,31 @@ use cudarc::driver::{CudaSlice, CudaViewMut};
 
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
-use crate::hopper::TILE;
+use crate::hopper::{CLUSTER, TILE};
 use crate::kernels::lock;
 use crate::launch::Launcher;
+use crate::tail;
 
 /// The flags of a forward, and behind them those of its backward; none where no kernel uses them.
 #[derive(Debug)]
 pub(crate) struct Flags {
     words: Option<Mutex<Option<CudaSlice<u32>>>>,
-    rows: usize,
-}
-
-/// Words of a launch, as in flags.cuh.
-fn words(rows: usize) -> usize {
-    1 + 18 * rows.div_ceil(TILE)
+    /// Words of a launch, as in flags.cuh.
+    each: usize,
 }
 
 impl Flags {
     /// Room for the flags of `rows` tokens; the caller has it zeroed.
     pub fn new<T: Element>(launcher: &Launcher, rows: usize) -> Result<Self> {
         let used = launcher.kernels.arch() == "sm_90a" && T::DTYPE != DType::F32 && rows > 0;
+        let clusters = launcher.kernels.multiprocessors() / CLUSTER;
+        let each = 1 + 18 * rows.div_ceil(TILE) + tail::words(clusters);
         let words = used
-            .then(|| launcher.alloc("flags", 2 * words(rows)))
+            .then(|| launcher.alloc("flags", 2 * each))
             .transpose()?;
         Ok(Self {
             words: words.map(|words| Mutex::new(Some(words))),
-            rows,
+            each,
         })
     }
 
@@ -43,8 +42,7 @@ impl Flags {
 
     /// Runs `forward` with its words.
     pub fn forward<R>(&self, forward: impl FnOnce(Option<&mut CudaViewMut<u32>>) -> R) -> R {
-        let end = words(self.rows);
-        self.zeroed_by(|words| forward(words.map(|words| words.slice_mut(..end)).as_mut()))
+        self.zeroed_by(|words| forward(words.map(|words| words.slice_mut(..self.each)).as_mut()))
     }
 
     /// Runs `backward` with its words. Those that were zeroed are for the first backward of a forward; any
@@ -57,7 +55,7 @@ impl Flags {
         let Some(kept) = &self.words else {
             return backward(None);
         };
-        let start = words(self.rows);
+        let start = self.each;
         let first = lock(kept).take();
         let mut words = match first {
             Some(words) => words,

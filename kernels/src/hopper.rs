@@ -122,7 +122,7 @@ impl Launcher<'_> {
         }
         let (rank, maker) = (q.ranks(), q.maker());
         let has_side = side.is_some();
-        let instance = Instance {
+        let instance = |with_tail: bool| Instance {
             kernel: Kernel::Gemm,
             defines: vec![
                 ("DTYPE", T::DTYPE.define()),
@@ -132,27 +132,44 @@ impl Launcher<'_> {
                 ("RANK_STEPS", ((rank - 1) % DEPTH / 16 + 1) as u32),
                 ("DOWN", maker.map_or(0, Maker::define)),
                 ("SIDE", u32::from(has_side)),
+                ("TAIL", u32::from(with_tail)),
             ],
         };
-        let function = self.kernels.function(instance.clone(), SHARED_BYTES)?;
+        let mut function = self.kernels.function(instance(false), SHARED_BYTES)?;
 
         let (cluster_rows, cluster_cols) = (rows.div_ceil(TILE), cols.div_ceil(TILE));
         let tiles = cluster_rows * cluster_cols;
-        let whole = Grid {
+        let all = Grid {
             shared_bytes: SHARED_BYTES,
             cluster: Some(CLUSTER as u32),
             ..Grid::new([CLUSTER as u32, 1, 1], THREADS)
         };
-        let clusters = self.kernels.clusters(&instance, CLUSTER as u32, || {
-            self.active_clusters(&function, whole)
-        })?;
-        let busy = side::busy(tiles, clusters);
+        let clusters = self
+            .kernels
+            .clusters(&instance(false), CLUSTER as u32, || {
+                self.active_clusters(&function, all)
+            })?;
+        let tiling = |busy| Tiling {
+            product,
+            rows: cluster_rows,
+            cols: cluster_cols,
+            busy,
+            spare: CLUSTER * (clusters - busy),
+        };
+        let whole = tiling(side::busy(tiles, clusters));
+        let tail = maker
+            .filter(|_| forward)
+            .and_then(|maker| self.tail(maker, (rows, depth), whole));
+        if tail.is_some() {
+            function = self.kernels.function(instance(true), SHARED_BYTES)?;
+        }
+        let tiling = tail.map_or(whole, |_| tiling(clusters));
+        let busy = tiling.busy;
         let grid_clusters = if has_side || matches!(maker, Some(Maker::SpareClusters(_))) {
             clusters
         } else {
             busy
         };
-        let spare = CLUSTER * (grid_clusters - busy);
 
         let (input_at, _input) = input.data.device_ptr(self.stream);
         let (weight_at, _weight) = weight.device_ptr(self.stream);
@@ -171,13 +188,6 @@ impl Launcher<'_> {
         let (out_at, _out) = out.device_ptr_mut(self.stream);
         let out_map = map(out_at, rows, cols, cols, 16)?;
 
-        let tiling = Tiling {
-            product,
-            rows: cluster_rows,
-            cols: cluster_cols,
-            busy,
-            spare,
-        };
         let low = self.low(q, input, depth, tiling)?;
         let q_map = map(low.q_at, rows, rank, low.q_stride, 128)?;
         let down_map = low.down_map.unwrap_or(p_map);
@@ -189,7 +199,7 @@ impl Launcher<'_> {
             rank,
             masked: matches!(masking, Masking::Read(_)),
             blocks: CLUSTER * grid_clusters,
-            spare,
+            spare: tiling.spare,
         };
         let side = side.as_ref();
         let beside = side
@@ -201,6 +211,7 @@ impl Launcher<'_> {
                 (beside.arg, beside.maps)
             });
         let side0_map = low.input_map.unwrap_or(side_maps[0]);
+        let tail_launch = self.tail_launch(tail, tiles)?;
         let flags = flags.map(|flags| flags.device_ptr_mut(self.stream));
         let flags_job = FlagsArg {
             words: flags.as_ref().map_or(0, |(at, _)| *at),
@@ -233,10 +244,11 @@ impl Launcher<'_> {
             arg(&flags_job),
             arg(&low.down),
             arg(&side_arg),
+            arg(&tail_launch.arg),
         ];
         let grid = Grid {
             shared_bytes: SHARED_BYTES,
-            waits: low.awaited,
+            waits: low.awaited || tail.is_some(),
             ..Grid::new([(CLUSTER * grid_clusters) as u32, 1, 1], THREADS)
         };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,

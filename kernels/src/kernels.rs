@@ -118,6 +118,7 @@ impl Kernel {
                 "gemm.cuh",
                 "flags.cuh",
                 "down.cuh",
+                "tail.cuh",
                 "spare.cuh",
                 "rank.cuh",
                 "sum.cuh",

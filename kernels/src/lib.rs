@@ -130,6 +130,7 @@ mod skinny;
 mod spare;
 mod streams;
 mod sweep;
+mod tail;
 mod tensor_map;
 
 pub use backward::{Gradients, InputGradient};

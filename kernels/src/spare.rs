@@ -11,8 +11,10 @@ pub(crate) const ROWS: usize = 64;
 /// Elements of the input of which a block makes the product in a microsecond, drawing the mask: 12,000 to
 /// 12,500 beside full tiles, measured on an H100.
 const ELEMENTS_PER_MICRO: usize = 11_500;
+/// The same of all blocks, in a pass of their own.
+const PASS_ELEMENTS_PER_MICRO: f64 = 1.2e6;
 /// Microseconds that a tile takes for a step of the depth.
-const STEP_MICROS: f64 = 0.7;
+pub(crate) const STEP_MICROS: f64 = 0.7;
 
 /// The first row that the spare blocks can make before a tile awaits it, of an input `[rows, depth]`: a
 /// multiple of 128, or `rows` where they make none.
@@ -27,6 +29,12 @@ pub(crate) fn first_row((rows, depth): (usize, usize), tiling: Tiling) -> usize 
     });
     let first = late.fold(0.0, f64::max) as usize;
     first.next_multiple_of(128).min(rows)
+}
+
+/// Microseconds of a pass for the rows that the spare blocks make.
+pub(crate) fn saves((rows, depth): (usize, usize), tiling: Tiling) -> f64 {
+    let rows = rows - first_row((rows, depth), tiling);
+    rows as f64 * depth as f64 / PASS_ELEMENTS_PER_MICRO
 }
 
 #[cfg(test)]

@@ -270,6 +270,9 @@ fn the_hopper_path_matches_f64_wherever_it_can_run() {
         (300, 768, 512, 256),
         (2048, 2048, 4608, 16), // some gradients by one block, the others by all that are done
         (17_001, 264, 264, 16), // more rows of tiles than the card has clusters
+        // Tiles left after whole waves of 66 clusters, each by four of them, or two.
+        (2304, 2048, 2048, 16),
+        (2304, 520, 2560, 40),
     ] {
         let case = Case {
             bias: true,

@@ -13,6 +13,8 @@ __device__ __forceinline__ void await_count(const u32* flag, u32 count) {
   while (found < count);
 }
 
+constexpr int CLUSTER_WARPS = CLUSTER * TILE_ROWS / 16;
+
 // As in hopper.rs.
 struct Flags {
   u32* words;
@@ -23,5 +25,7 @@ struct Flags {
   __device__ __forceinline__ u32* parts(int row) const { return words + 1 + row / 16; }
   // Sixteens of rows of q that are there, for every 128 rows.
   __device__ __forceinline__ u32* ready(int row) const { return words + 1 + cluster_rows * 16 + row / 128; }
+  // Parts of the sums of a tile that are there, for every warp of a cluster.
+  __device__ __forceinline__ u32* given(int tile, int warp) const { return words + 1 + cluster_rows * 18 + tile * CLUSTER_WARPS + warp; }
 };
 constexpr int READY = 8;  // warps of 16 rows

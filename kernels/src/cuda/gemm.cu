@@ -15,6 +15,7 @@
 //
 // DOWN 1 (DROPOUT 0 or 2): q is not given, the first tiles make it from the input that they read anyway (down.cuh).
 // DOWN 2 (forward): the clusters without tiles make the later rows of it, from the input under `dropout` (spare.cuh).
+// TAIL: the tiles that are left after whole waves are made by several clusters each (tail.cuh).
 // SIDE: gradients of the adapter are made beside (side.cuh).
 
 // ---- tiles ---------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int rows, int cols, int depth, int rank, int busy,  // clusters with tiles
     Dropout dropout,
     const u32* kept,  // DROPOUT 2: bits of [rows, cols]
-    Flags flags, const __grid_constant__ Down down, const __grid_constant__ Side side) {
+    Flags flags, const __grid_constant__ Down down, const __grid_constant__ Side side, const __grid_constant__ Tail tail) {
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
   u32 stages = shared_address(shared), stores = stages + STAGES * STAGE_BYTES;
@@ -79,6 +80,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   int depth_blocks = (depth + TILE_DEPTH - 1) / TILE_DEPTH, rank_blocks = (rank + TILE_DEPTH - 1) / TILE_DEPTH;
   // The last block of the rank is the remainder; those before it are further depth.
   int full_blocks = depth_blocks + rank_blocks - 1;
+#if TAIL
+  int whole = tail.first, pieces = whole + (tiles - whole) * tail.split;
+#else
+  int whole = tiles, pieces = tiles;
+#endif
   int shares = DOWN == 1 ? down.shares : 0;
   int warpgroup = threadIdx.x / 128;
 
@@ -121,9 +127,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       u32 making_parity = 0;
       if (BACKWARD) await_once();  // the input may be what that kernel writes; forward, packing was between
 #endif
-      for (int index = cluster; index < tiles; index += busy) {
-        Tile tile = tile_at(index, cluster_rows, cluster_cols, shares, block);
-        int k = 0;
+      for (int index = cluster; index < pieces; index += busy) {
+        Piece piece = piece_at(tail, index, depth_blocks);
+        Tile tile = tile_at(piece.tile, cluster_rows, cluster_cols, shares, block);
+        int k = piece.from, turns = piece.to < depth_blocks ? piece.to : depth_blocks + rank_blocks;
         bool making = DOWN == 1 && index < shares * cluster_rows;
 #if DOWN == 1
         Share share(down, making ? index % shares : 0, depth_blocks);
@@ -133,7 +140,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           making_parity ^= 1;
         }
 #endif
-        for (int turn = 0; turn < depth_blocks + rank_blocks; ++turn, ring.next()) {
+        for (int turn = piece.from; turn < turns; ++turn, ring.next()) {
           bool low = DROPOUT == 2 && !making ? turn == 0 : turn >= depth_blocks;
           u32 bar = full + 8 * ring.stage, dst = stages + ring.stage * STAGE_BYTES;
           u32 bytes = STAGE_BYTES;
@@ -187,35 +194,32 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
     int math = warpgroup - 1, thread = threadIdx.x % 128, lane = thread & 31, warp = thread / 32;
-    u32 store = stores + (math * 4 + warp) * 2 * STORE_BYTES;
+    u32 buffers = stores + (math * 4 + warp) * 2 * STORE_BYTES;
     Ring ring;
     u32 out[TILE_COLS / 4];  // the tile before, rounded
     Tile last = {0, 0};
     bool waiting = false;
     // In boxes of 64 columns by the warp's 16 rows, swizzled: one is filled while the copy engine
     // reads the other, and no warp waits for another.
-    auto store_half = [&](int half) {
+    auto store = [&](int box) {
+      u32 to = buffers + box % 2 * STORE_BYTES;
+      if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+      __syncwarp();
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        int box = half * 2 + i;
-        u32 to = store + i * STORE_BYTES;
-        if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-        __syncwarp();
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {  // 16 columns
-          const u32* v = &out[box * 16 + pair * 4];
-          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(to, lane & 15, pair * 2 + (lane >> 4))),
-                       "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                       : "memory");
-        }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        __syncwarp();
-        if (lane == 0) {
-          store_box(out_map, last.col + box * 64, last.row + math * 64 + warp * 16, to);
-          asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        }
+      for (int pair = 0; pair < 4; ++pair) {  // 16 columns
+        const u32* v = &out[box * 16 + pair * 4];
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(to, lane & 15, pair * 2 + (lane >> 4))),
+                     "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                     : "memory");
+      }
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      __syncwarp();
+      if (lane == 0) {
+        store_box(out_map, last.col + box * 64, last.row + math * 64 + warp * 16, to);
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
       }
     };
+    auto store_half = [&](int half) { store(half * 2), store(half * 2 + 1); };
     auto stored = [&] {
       if (waiting) store_half(0), store_half(1);
       waiting = false;
@@ -378,7 +382,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #if DROPOUT == 2
     bool loaded = false;  // during the tile before
 #endif
-    for (; index < tiles; index += busy) {
+    for (; index < whole; index += busy) {
       begin(index);
 #if DROPOUT == 2
       barrier_wait(full + 8 * ring.stage, ring.parity);
@@ -420,6 +424,33 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       round();
     }
     stored();
+#if TAIL
+    if (index < pieces) {
+      Piece piece = piece_at(tail, index, depth_blocks);
+      begin(piece.tile);
+      for (int k = piece.from; k < piece.to; ++k, ring.next()) {
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        wgmma_fence();
+        multiply(stages + ring.stage * STAGE_BYTES, k > piece.from);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (k > piece.from) release(previous);
+        previous = ring.stage;
+      }
+      if (piece.to == depth_blocks) {
+        add_rank(piece.to, Yes{});
+      } else {
+        wgmma_wait<0>();
+        release(previous);
+      }
+      exchange(d, tail, piece, flags, (block * 2 + math) * 4 + warp, lane);
+      round();
+#pragma unroll
+      for (int box = 0; box < 4; ++box)
+        if (owns_box(tail, piece, box)) store(box);
+      waiting = false;
+    }
+#endif
 #if SIDE
     __syncwarp();
     if (tiles == 0) await_previous();  // the loader of tiles has
