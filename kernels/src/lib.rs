@@ -33,6 +33,8 @@
 //!   kernel's first tiles, from the input that they read anyway, or in a pass before it, whichever is expected
 //!   to cost less. A masked `S` takes the pass (up to rank 32, only for the rows that tiles need first:
 //!   multiprocessors without tiles make the others meanwhile), and so does `dS` with dropout on the output.
+//!   Forward, a few tiles that would be left for a last wave are made by two or four times as many multiprocessors, a
+//!   part of the depth each.
 //!   In backward the pass reads `dY` for `dS` and `dB`, and then what nobody would have time for of `x`, for
 //!   `dA`. Multiprocessors that the tiles of `dx` leave over make the rest of `dA`, and `dB` where no pass has,
 //!   meanwhile, to the end where they have the time; the others help at the end where they do not.
@@ -50,7 +52,7 @@
 //! `$LORA_KERNELS_CACHE` or the user's cache folder. Building this crate needs neither a GPU nor a
 //! CUDA toolkit; running it needs the driver, NVRTC and cuBLASLt.
 //!
-//! Tiles that use an `S` made by others wait for it. As long as one stream of a device launches kernels of this
+//! Tiles that use an `S` made by others wait for it, and parts of a tile for each other. As long as one stream of a device launches kernels of this
 //! crate, it launches such kernels like any others. Where more do, where a stream records a graph and under the
 //! Multi-Process Service, two of them might wait for multiprocessors that neither gives up: from then on the driver
 //! starts all their blocks at once or none (a cooperative launch), which costs a few microseconds. The first launch of
