@@ -106,7 +106,7 @@ impl Kernel {
                 "tile.cuh",
                 "hopper.cuh",
                 "wgmma.cuh",
-                "meeting.cuh"
+                "cluster_sum.cuh"
             ),
             Self::Bits => with_hopper!("bits.cu"),
             Self::Gemm => joined!(

@@ -11,7 +11,7 @@ use crate::rows::{Rows, padded_width};
 use crate::skinny::{Partial, RowsMut, Scales};
 use crate::tensor_map::TensorMap;
 
-// As in sweep.cu.
+// As in sweep.cu and cluster_sum.cuh.
 const STRIP: usize = 64;
 const LOAD_ROWS: usize = 16;
 const TILE_COLS: usize = 64;

@@ -8,10 +8,10 @@
 // buffers; two warpgroups of 64 rows each multiply from there (wgmma) with the sums in registers.
 // Blocks stay for several tiles; a tile is stored while the next one multiplies.
 //
-// Without dropout the rank is further depth. With a mask that is read as bits (DROPOUT 2, backward) it comes first,
-// and the sums are masked before the depth is added; with one that is drawn while wgmma runs (DROPOUT 1,
-// forward), and in tiles that make q, it comes last, by mma.sync into fresh registers. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank
-// at most 64), RANK_STEPS = the rank's last 1 to 4 steps of 16.
+// Without dropout the rank is further depth. With a mask that is read as bits (DROPOUT 2, backward) it comes first, and the
+// sums are masked before the depth is added; with one that is drawn while wgmma runs (DROPOUT 1, forward), and in tiles that
+// make q, it comes last, by mma.sync into fresh registers. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at most 64),
+// RANK_STEPS = the rank's last 1 to 4 steps of 16.
 //
 // DOWN 1 (DROPOUT 0 or 2): q is not given, the first tiles make it from the input that they read anyway (down.cuh).
 // DOWN 2 (forward): the clusters without tiles make the later rows of it, from the input under `dropout` (spare.cuh).

@@ -14,7 +14,8 @@
 // see `most_pairs` in sweep.rs), DROPOUT 0, 1 = z is masked by counter, 2 = by bits (DOWN 0). BITS 1 = draw those of
 // another matrix on the way, since the arithmetic units have time while memory has none. NEXT (with DOWN) = pairs of tiles
 // in a row of the other matrix, which is masked with BITS.
-// Tiles have the rows of a strip, and 64 columns.
+
+// Tiles have the rows of a strip (cluster_sum.cuh), and 64 columns.
 constexpr int LOAD_ROWS = 16;  // that are loaded at once
 constexpr int TILE_BYTES = STRIP * 128;
 constexpr int SERVICE = BITS && RT == 16 ? 2 : 1;  // warpgroups that load and draw
@@ -85,12 +86,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   int rank = blockIdx.x % group, block = blockIdx.x / group, warpgroup = threadIdx.x / 128;
   int row0 = block * block_rows, strips = (min(block_rows, rows - row0) + STRIP - 1) / STRIP;
   int col0 = rank * 2 * PAIRS * 64, next_col0 = next.first_col + rank * 2 * NEXT * 64;
-  Meeting meeting(shared + (meet - rings), shared + (own_sums - rings), met, taken, group, rank, strips);
+  ClusterSum cluster_sum(shared + (meet - rings), shared + (own_sums - rings), met, taken, group, rank, strips);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2 * STAGES; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 1);
     for (int i = 0; i < Q_STAGES; ++i) barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, 2);
-    if (DOWN) meeting.init_barriers();
+    if (DOWN) cluster_sum.init_barriers();
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -179,9 +180,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   auto warpgroup_sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(math + 1) : "memory"); };
 #if DOWN
   int both = math * 128 + thread;
-  for (int i = 0; i < MEETS; ++i) meeting.expect(i, both);
+  for (int i = 0; i < MEETS; ++i) cluster_sum.expect(i, both);
   auto add_up = [&](int strip) {
-    meeting.add_up(strip, both, [&](int row, int pair, float2 sum) {
+    cluster_sum.add_up(strip, both, [&](int row, int pair, float2 sum) {
       float scale = scales.of[pair / 8];
       if (DROPOUT) scale *= dropout.scale;
       row += row0 + strip * STRIP;
@@ -247,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
       if (thread == 0) barrier_arrive(q_empty + 8 * q_stage);
       if (++q_stage == Q_STAGES) q_stage = 0, q_parity ^= 1;
 #if DOWN
-      if (MAKES) meeting.give(down, strip, both);
+      if (MAKES) cluster_sum.give(down, strip, both);
 #endif
     }
 #if DOWN

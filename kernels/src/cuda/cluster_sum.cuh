@@ -23,14 +23,14 @@ __device__ __forceinline__ void send(u32 to, u32 from, u32 bytes, u32 bar) {
 }
 
 // Of the threads of two warpgroups.
-struct Meeting {
+struct ClusterSum {
   unsigned char* come;  // sums of this block's rows, [MEETS][sender][row][RT]
   unsigned char* own;   // not AT_ONCE: sums of this block, [STRIP][RT]
   u32 met, taken;       // MEETS barriers each: all have come, all blocks have read theirs
   int group, rank, strips;
   int first, rows, most_rows;  // of a strip: those that this block adds up, and the most of any block
 
-  __device__ __forceinline__ Meeting(unsigned char* come, unsigned char* own, u32 met, u32 taken, int group, int rank, int strips)
+  __device__ __forceinline__ ClusterSum(unsigned char* come, unsigned char* own, u32 met, u32 taken, int group, int rank, int strips)
       : come(come), own(own), met(met), taken(taken), group(group), rank(rank), strips(strips) {
     first = first_row(rank), rows = first_row(rank + 1) - first, most_rows = first_row(1);
   }
