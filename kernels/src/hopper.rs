@@ -12,13 +12,15 @@ use crate::low::{Low, Maker, Tiling};
 use crate::masking::Masking;
 use crate::path::{Path, Preference, Reason};
 use crate::rows::{Rows, padded_width};
-use crate::side::{self, Around, Parts, SideArg, SideLaunch, SideWork};
+use crate::side::{self, Around, Pace, Parts, SideArg, SideLaunch, SideWork};
 use crate::tensor_map::TensorMap;
 
 // As in gemm.cu.
 pub(crate) const CLUSTER: usize = 2;
 pub(crate) const TILE: usize = 256;
 pub(crate) const DEPTH: usize = 64;
+/// Microseconds that a tile takes for a step of the depth.
+pub(crate) const STEP_MICROS: f64 = 0.7;
 /// Rows of clusters that are walked together.
 pub(crate) const GROUP: usize = 8;
 const STAGES: usize = 4;
@@ -135,6 +137,7 @@ impl Launcher<'_> {
                 ("TAIL", u32::from(with_tail)),
             ],
         };
+        // Whether there is a tail depends on the clusters that the card holds, of which this one is asked.
         let mut function = self.kernels.function(instance(false), SHARED_BYTES)?;
 
         let (cluster_rows, cluster_cols) = (rows.div_ceil(TILE), cols.div_ceil(TILE));
@@ -196,8 +199,10 @@ impl Launcher<'_> {
             input,
             weight: (w_rows, w_cols),
             q: (low.q_at, low.q_stride),
-            rank,
-            masked: matches!(masking, Masking::Read(_)),
+            pace: Pace {
+                ranks: rank,
+                masked: matches!(masking, Masking::Read(_)),
+            },
             blocks: CLUSTER * grid_clusters,
             spare: tiling.spare,
         };

@@ -49,8 +49,8 @@ pub(crate) struct Pace {
 
 /// Columns of a matrix that `spare` blocks read while the others make the product.
 pub(crate) fn beside(spare: usize, (w_rows, w_cols): (usize, usize), pace: Pace) -> usize {
-    // More ranks are bound by their arithmetic: of 64, a block makes a chunk of 8192 rows in 200 µs, masked in 255, measured on an
-    // H100 beside tiles that take 350. So it is to make one and a half meanwhile, or one, not two.
+    // More ranks are bound by their arithmetic: of 64, a block makes a chunk of 8192 rows in 200 µs, masked in 255, measured
+    // on an H100 beside tiles that take 350. So it is to make one and a half meanwhile, or one, not two.
     let (slower, than) = match pace {
         Pace { ranks: ..=32, .. } => (1, 1),
         Pace { masked: false, .. } => (4, 3),
@@ -127,9 +127,7 @@ pub(crate) struct Around<'a, T> {
     pub weight: (usize, usize),
     /// Address and row stride of the rank-sized factor, which the gradient of A is made from.
     pub q: (u64, usize),
-    pub rank: usize,
-    /// Whether the input of the layer is masked.
-    pub masked: bool,
+    pub pace: Pace,
     pub blocks: usize,
     pub spare: usize,
 }
@@ -162,18 +160,14 @@ impl Launcher<'_> {
             input,
             weight,
             q,
-            rank,
-            masked,
+            pace,
             blocks,
             spare,
         } = around;
         let rows = input.rows;
         let b_cols = work.b.map_or(0, |_| input.cols);
         let (a_cols, a_stride) = work.a.map_or((0, 0), |(xs, _, cols)| (cols, xs.cols));
-        let pace = Pace {
-            ranks: rank,
-            masked,
-        };
+        let rank = pace.ranks;
         let beside = beside(spare, weight, pace);
         let units = Units::new((rows, [b_cols, a_cols], rank), (blocks, spare), beside);
         let segments = rows.div_ceil(units.segment_rows);
