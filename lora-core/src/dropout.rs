@@ -1,17 +1,25 @@
 //! Dropout by counter: a mask that is never stored.
 //!
-//! Element `(row, column)` of a matrix with `width` columns has the index
-//! `i = row · width + column`. Block `i / 8` of Philox-4x32-7, with
+//! Of a row, the 128 columns from `128 u` on share four words of 32 bits, one bit an element: column
+//! `8 j + 2 t + c` (`j < 16`, `t < 4`, `c < 2`) has bit `j + 16 c` of word `t`, which is number
+//! `n = 4 (row · ⌈width / 128⌉ + u) + t` of the mask. It comes from the blocks `b = 2 n` and `2 n + 1`
+//! of Philox-4x32-7, with
 //!
 //! ```text
-//! counter = (low32(i / 8), high32(i / 8), low32(step), high32(step))
+//! counter = (low32(b), high32(b), low32(step), high32(step))
 //! key     = (low32(seed) ^ high32(seed), site)
 //! ```
 //!
-//! gives eight 16-bit draws: the low half of word 0, its high half, the low half of word 1, and
-//! so on; the element takes draw `i % 8`. It is kept if the draw is at least
-//! `t = round(p · 65536)`, and then multiplied by `65536 / (65536 − t)`, so that the expectation
-//! is exact. Forward, backward, CPU and GPU draw the same mask from these numbers alone.
+//! whose eight words are the bits, lowest first, of a byte for every element. With
+//! `T = round(p · 2³²)` an element is dropped if its byte is less than the upper byte of `T`, and, of
+//! those that are equal, where `tie < T · 2⁸ mod 2³²`: `tie` is the sum without carry of words `w` and
+//! `w + 4`, rotated left by `8 w` bits, for `w < 4`. What is kept is multiplied by `2³² / (2³² − T)`, so
+//! that the expectation is exact. Forward, backward, CPU and GPU draw the same mask from these
+//! numbers alone.
+//!
+//! So two blocks decide on 32 elements, a bit at a time for all of them at once. `tie` is independent of
+//! the bytes of any three elements, hence each is dropped with probability `T / 2³²`, and the correlation
+//! of two is at most `2⁻¹⁸ / (p (1 − p))`.
 
 use std::sync::{
     Arc,
@@ -89,29 +97,35 @@ impl Dropout {
     }
 }
 
+/// 2³², of which a threshold is a part.
+const WHOLE: f64 = 4_294_967_296.0;
+
+/// Columns whose bits stand in four words.
+const UNIT: usize = 128;
+
 /// A dropout mask over a matrix of any size, given by the numbers that it is drawn from.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mask {
-    threshold: u16,
+    threshold: u32,
     seed: u64,
     site: u32,
     step: u64,
 }
 
 impl Mask {
-    /// The mask of the given numbers; `None` if `probability` rounds to zero of 65536.
+    /// The mask of the given numbers; `None` if `probability` rounds to zero of 2³².
     ///
     /// ```
     /// use lora_core::Mask;
     ///
     /// assert!(Mask::new(0.0, 1, 2, 3).is_none());
     /// let mask = Mask::new(0.25, 1, 2, 3).unwrap();
-    /// let kept = (0..1000).filter(|&i| mask.factor(i) > 0.0).count();
-    /// assert!((700..800).contains(&kept));
-    /// assert_eq!(mask.factor(0).max(mask.factor(1)), 4.0 / 3.0);
+    /// let row: Vec<f32> = (0..1000).map(|column| mask.factor(0, column, 1000)).collect();
+    /// assert!(row.iter().all(|factor| [0.0, 4.0 / 3.0].contains(factor)));
+    /// assert!((700..800).contains(&row.iter().filter(|factor| **factor > 0.0).count()));
     /// ```
     pub fn new(probability: f64, seed: u64, site: u32, step: u64) -> Option<Self> {
-        let threshold = (probability * 65536.0).round().clamp(0.0, 65535.0) as u16;
+        let threshold = (probability * WHOLE).round() as u32;
         (threshold > 0).then_some(Self {
             threshold,
             seed,
@@ -120,27 +134,54 @@ impl Mask {
         })
     }
 
-    /// `t`, the seed, the site and the step.
+    /// `T`, the seed, the site and the step.
     #[cfg(feature = "cuda")]
-    pub(crate) fn numbers(&self) -> (u16, u64, u32, u64) {
+    pub(crate) fn numbers(&self) -> (u32, u64, u32, u64) {
         (self.threshold, self.seed, self.site, self.step)
     }
 
-    /// What element `index` is multiplied by: 0, or `65536 / (65536 − t)`.
-    pub fn factor(&self, index: u64) -> f32 {
-        self.block(index / 8)[(index % 8) as usize]
+    /// What an element of a matrix with `width` columns is multiplied by: 0, or `2³² / (2³² − T)`.
+    pub fn factor(&self, row: u64, column: usize, width: usize) -> f32 {
+        let unit = row * width.div_ceil(UNIT) as u64 + (column / UNIT) as u64;
+        let word = self.word(4 * unit + (column / 2 % 4) as u64);
+        self.scale(word, column)
     }
 
-    /// The factors of the elements `8 · block ..`.
-    fn block(&self, block: u64) -> [f32; 8] {
-        let ([b0, b1], [s0, s1]) = (halves(block), halves(self.step));
-        let [low, high] = halves(self.seed);
-        let words = philox::<7>([b0, b1, s0, s1], [low ^ high, self.site]);
-        let survivor = 65536.0 / (65536.0 - f32::from(self.threshold));
-        std::array::from_fn(|i| {
-            let draw = (words[i / 2] >> (16 * (i % 2))) as u16;
-            if draw < self.threshold { 0.0 } else { survivor }
+    /// Word `number` of the mask: a bit for each of 32 elements, set if it is kept.
+    fn word(&self, number: u64) -> u32 {
+        let ([low, high], [s0, s1]) = (halves(self.seed), halves(self.step));
+        let block = |block| {
+            let [b0, b1] = halves(block);
+            philox::<7>([b0, b1, s0, s1], [low ^ high, self.site])
+        };
+        let (lower, upper) = (block(2 * number), block(2 * number + 1));
+        let tie = (0..4).fold(0, |tie, w| {
+            tie ^ (lower[w] ^ upper[w]).rotate_left(8 * w as u32)
+        });
+        // From the lowest bit on, a higher one outweighs those before.
+        let equal = if tie < self.threshold << 8 {
+            0
+        } else {
+            u32::MAX
+        };
+        let bits = lower.into_iter().chain(upper).zip(24..);
+        bits.fold(equal, |kept, (bits, place)| {
+            if self.threshold >> place & 1 == 1 {
+                kept & bits
+            } else {
+                kept | bits
+            }
         })
+    }
+
+    /// The factor of a column, given its word.
+    fn scale(&self, word: u32, column: usize) -> f32 {
+        let bit = column / 8 % 16 + 16 * (column % 2);
+        if word >> bit & 1 == 1 {
+            (WHOLE / (WHOLE - f64::from(self.threshold))) as f32
+        } else {
+            0.0
+        }
     }
 
     /// The factors of a matrix of this shape.
@@ -150,12 +191,9 @@ impl Mask {
         dtype: DType,
         device: &Device,
     ) -> candle_core::Result<Tensor> {
-        let count = shape.elem_count();
-        let mut factors = (0..count.div_ceil(8) as u64)
-            .into_par_iter()
-            .flat_map_iter(|block| self.block(block))
-            .collect::<Vec<f32>>();
-        factors.truncate(count);
+        let width = width(shape);
+        let mut factors = vec![0f32; shape.elem_count()];
+        self.for_each_row(&mut factors, width, |to, factor| *to = factor);
         Tensor::from_vec(factors, shape, &Device::Cpu)?
             .to_dtype(dtype)?
             .to_device(device)
@@ -170,20 +208,36 @@ impl Mask {
         }
     }
 
-    /// Multiplies the elements `start ..` of a matrix by their factors.
-    pub(crate) fn for_each(&self, start: u64, len: usize, mut scale: impl FnMut(usize, f32)) {
-        let mut done = 0;
-        while done < len {
-            let index = start + done as u64;
-            let factors = self.block(index / 8);
-            for factor in &factors[(index % 8) as usize..] {
-                if done < len {
-                    scale(done, *factor);
-                    done += 1;
-                }
+    /// The factors of row `row` of a matrix with `width` columns.
+    pub(crate) fn row(&self, row: u64, width: usize, mut scale: impl FnMut(usize, f32)) {
+        let first = row * width.div_ceil(UNIT) as u64;
+        for (unit, start) in (first..).zip((0..width).step_by(UNIT)) {
+            let words: [u32; 4] = std::array::from_fn(|t| self.word(4 * unit + t as u64));
+            for column in start..width.min(start + UNIT) {
+                scale(column, self.scale(words[column / 2 % 4], column));
             }
         }
     }
+
+    /// Gives each value of a matrix with `width` columns its factor.
+    fn for_each_row<T: Send>(
+        &self,
+        values: &mut [T],
+        width: usize,
+        scale: impl Fn(&mut T, f32) + Sync,
+    ) {
+        let rows = values.par_chunks_mut(width.max(1)).enumerate();
+        rows.for_each(|(row, values)| {
+            self.row(row as u64, width, |column, factor| {
+                scale(&mut values[column], factor);
+            });
+        });
+    }
+}
+
+/// Columns of a matrix of any number of dimensions.
+fn width(shape: &Shape) -> usize {
+    shape.dims().last().copied().unwrap_or(1)
 }
 
 impl CustomOp1 for Mask {
@@ -196,24 +250,15 @@ impl CustomOp1 for Mask {
         storage: &CpuStorage,
         layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        /// Elements a thread handles at once: many blocks, and a multiple of their width.
-        const CHUNK: usize = 8 * 1024;
-
         let Some((start, end)) = layout.contiguous_offsets() else {
             bail!("dropout-mask expects a contiguous tensor, got {layout:?}")
         };
         macro_rules! masked {
             ($values:expr, $variant:path, $float:ty) => {{
                 let mut values = $values[start..end].to_vec();
-                values
-                    .par_chunks_mut(CHUNK)
-                    .enumerate()
-                    .for_each(|(chunk, values)| {
-                        let len = values.len();
-                        self.for_each((chunk * CHUNK) as u64, len, |i, factor| {
-                            values[i] *= <$float>::from(factor);
-                        });
-                    });
+                self.for_each_row(&mut values, width(layout.shape()), |value, factor| {
+                    *value *= <$float>::from(factor);
+                });
                 $variant(values)
             }};
         }

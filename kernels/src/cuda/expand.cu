@@ -1,10 +1,10 @@
 // out[m, c] = D(sum_j q[m, j] * p[c, j]) + bias[c]        one pass over out, written once
 //
 // The columns of a warp's tensor core tiles are permuted so that a thread ends with 16 bytes of
-// consecutive columns of a row: one store, and one dropout block. Options: MT row tiles of 16.
+// consecutive columns of a row: one store. Options: MT row tiles of 16.
 constexpr int NT = VEC / 2;
 constexpr int WARP_COLS = 4 * VEC;
-constexpr int WARPS = 8;
+constexpr int WARPS = 8, BLOCK_COLS = WARPS * WARP_COLS;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(
     const T* __restrict__ q,     // [rows, rank], row stride ldq
@@ -12,12 +12,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(
     const T* __restrict__ bias,  // [cols] or null
     T* __restrict__ out,         // [rows, cols]
     i64 rows, int cols, int rank, int ldq, int with_bias, Dropout dropout) {
+  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  int col_blocks = (cols + BLOCK_COLS - 1) / BLOCK_COLS;
+  i64 row0 = (i64)(blockIdx.x / col_blocks) * (16 * MT);
+  int block_col0 = blockIdx.x % col_blocks * BLOCK_COLS, col0 = block_col0 + warp * WARP_COLS;
+#if DROPOUT
+  __shared__ u32 keep[16 * MT][BLOCK_COLS / 32];
+  for (int at = threadIdx.x; at < 16 * MT * (BLOCK_COLS / 32); at += WARPS * 32) {
+    int row = at / (BLOCK_COLS / 32), word = at % (BLOCK_COLS / 32);
+    keep[row][word] = kept_word(dropout, first_word(row0 + row, block_col0, cols) + word);
+  }
+  __syncthreads();
+#endif
   await_previous();
   start_next();
-  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  int col_blocks = (cols + WARPS * WARP_COLS - 1) / (WARPS * WARP_COLS);
-  i64 row0 = (i64)(blockIdx.x / col_blocks) * (16 * MT);
-  int col0 = (blockIdx.x % col_blocks * WARPS + warp) * WARP_COLS;
   if (col0 >= cols) return;
 
   const T* p_row = p + (i64)(col0 + VEC * (g >> 1) + (g & 1)) * rank;
@@ -51,9 +59,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) expand(
 #pragma unroll
       for (int e = 0; e < VEC; ++e) v[e] = acc[i][e >> 1][2 * h + (e & 1)];
 #if DROPOUT
-      Draws draws = draws_at(dropout, (u64)row * cols + col);
+      const u32* words = &keep[i * 16 + h * 8 + g][(col - block_col0) / 128 * 4];
+      Kept kept = Kept::of(col, [&](int t) { return words[t]; });
 #pragma unroll
-      for (int e = 0; e < VEC; ++e) v[e] = kept(dropout, draws, e) ? v[e] * dropout.scale : 0.f;
+      for (int e = 0; e < VEC; ++e) v[e] = kept[e] ? v[e] * dropout.scale : 0.f;
 #endif
 #pragma unroll
       for (int e = 0; e < VEC; ++e) v[e] += offset[e];

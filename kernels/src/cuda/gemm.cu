@@ -229,7 +229,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     Tile tile;
     int row0, previous;  // of the warp; the stage before
 #if DROPOUT == 1
-    u64 first_draw;
+    u64 first;  // word
+    int rows8 = (cols + 127) / 128 * 32;
 #endif
 #if DROPOUT
     Keep keep;  // of the tile
@@ -238,7 +239,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       tile = tile_at(index, cluster_rows, cluster_cols, shares, block);
       row0 = tile.row + math * 64 + warp * 16;
 #if DROPOUT == 1
-      first_draw = (u64)((i64)(row0 + (lane >> 2)) * cols + tile.col + (lane & 3) * 8) >> 3;
+      first = first_word(row0 + (lane >> 2), tile.col, cols) + (lane & 3);
 #endif
     };
     auto release = [&](int stage) {
@@ -268,7 +269,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         release(previous);
       }
 #if DROPOUT == 1
-      for (int i = max(turns - 2, 0); i < DRAWS; ++i) keep.draw(dropout, first_draw, i, cols);
+      for (int i = max(turns - 2, 0); i < DRAWS; ++i) keep.draw(dropout, first, i, rows8);
 #endif
       barrier_wait(full + 8 * ring.stage, ring.parity);
       add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, DROPOUT == 1 ? dropout.scale : 1.f, lane);
@@ -403,7 +404,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           if (k == 1 || full_blocks == 1) store_half(1), waiting = false;
         }
 #if DROPOUT == 1
-        if (k >= 2 && k < DRAWS + 2) keep.draw(dropout, first_draw, k - 2, cols);
+        if (k >= 2 && k < DRAWS + 2) keep.draw(dropout, first, k - 2, rows8);
 #elif DROPOUT == 2
         if (k == full_blocks / 2 && index + busy < tiles) {
           Tile next = tile_at(index + busy, cluster_rows, cluster_cols, shares, block);

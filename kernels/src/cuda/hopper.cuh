@@ -106,34 +106,18 @@ __device__ __forceinline__ Vec load_chunk(u32 box, int row, int chunk) {
 
 // ---- dropout by bits ---------------------------------------------------------------------------
 // Drawing a mask costs more than reading it, so what reads one often takes it from memory, a bit an
-// element: keep[row / 32][128 columns][row % 32][4] words, of which word t has bit 2j + c for column
-// 8j + 2t + c. Those are the elements of thread t of a quad in accumulators of wgmma, and the halves
-// of word t of the Philox blocks.
+// element, as words of the mask: keep[row / 32][128 columns][row % 32][4].
 constexpr int BITS_BYTES = 32 * 16;  // of 32 rows by 128 columns
 __device__ __forceinline__ const u32* bits_at(const u32* keep, int row, int col, int cols) {
   int groups = (cols + 127) / 128;
   return keep + (((i64)(row >> 5) * groups + (col >> 7)) * 32 + (row & 31)) * 4;
 }
 
-// Of words of `kept_ones`, 4 to the power of i times the i-th of up to eight: bits 2i and 2i + 1 for its halves.
-__device__ __forceinline__ u32 interleaved(u32 ones) { return (ones & 0x5555) | (ones >> 15 & 0xaaaa); }
-
-// The four words of 128 columns whose first Philox block is `block`.
-__device__ __forceinline__ void draw_bits(const Dropout& d, u64 block, u32 (&keep)[4]) {
-#pragma unroll
-  for (int t = 0; t < 4; ++t) keep[t] = 0;
-#pragma unroll 1
-  for (int half = 8; half >= 0; half -= 8) {
-    u32 ones[4] = {};
-#pragma unroll
-    for (int j = 7; j >= 0; --j) {
-      Draws draws = philox(d, block + half + j);
-#pragma unroll
-      for (int t = 0; t < 4; ++t) ones[t] = 4 * ones[t] + kept_ones(d, draws.w[t]);
-    }
-#pragma unroll
-    for (int t = 0; t < 4; ++t) keep[t] = keep[t] << 16 | interleaved(ones[t]);
-  }
+// Zeroes the halves whose bits `j` and `j + 16` are 0; j < 8.
+__device__ __forceinline__ u32 drop_halves(u32 two, u32 kept, int j) {
+  u32 keep;  // bytes 0 and 2 are filled with their signs
+  asm("prmt.b32 %0, %1, %1, 0xaa88;" : "=r"(keep) : "r"(kept << (7 - j)));
+  return two & keep;
 }
 
 // Unit `unit` of the bits of a matrix [rows, cols]: 32 rows, one a lane, by 128 columns.
@@ -142,7 +126,8 @@ __device__ __forceinline__ void store_bits(const Dropout& d, u32* keep, int unit
   i64 row = (i64)(unit / groups) * 32 + lane;
   if (row >= rows) return;
   Vec bits;
-  draw_bits(d, ((u64)row * cols >> 3) + unit % groups * 16, bits.w);
+#pragma unroll
+  for (int t = 0; t < 4; ++t) bits.w[t] = kept_word(d, 4 * ((u64)row * groups + unit % groups) + t);
   *reinterpret_cast<Vec*>(keep + ((i64)unit * 32 + lane) * 4) = bits;
 }
 

@@ -53,9 +53,13 @@ struct Outer {
 #pragma unroll
       for (int u = 0; u < STEPS; ++u) {
         if constexpr (MASKED) {
+          // Eight threads have the same rows; each draws a word of every second.
+          u32 drawn[OUTER_ROWS / 2];
+#pragma unroll
+          for (int r = 0; r < OUTER_ROWS; r += 2) drawn[r / 2] = kept_word(dropout, first_word(m0 + u * KSTEP + t * OUTER_ROWS + r + g / 4, col, cols) + g % 4);
 #pragma unroll
           for (int r = 0; r < OUTER_ROWS; ++r)
-            drop(dropout, (u64)(m0 + u * KSTEP + t * OUTER_ROWS + r) * cols + col, zv[u][r]);
+            drop(Kept::of(col, [&](int word) { return __shfl_sync(0xffffffffu, drawn[r / 2], (r % 2 * 4 + word) * 4 + t); }), zv[u][r]);
         }
 #pragma unroll
         for (int e = 0; e < VEC; ++e) {

@@ -7,6 +7,7 @@
 constexpr int SPAN = 4 * VEC;  // columns of one step
 constexpr int NT = RT / 8;
 constexpr int STEPS = RT <= 32 ? 2 : 1;  // steps in flight
+constexpr int TURN = DROPOUT ? 128 : SPAN * STEPS;  // columns that a warp takes in a row: with a mask, those of its words
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, DTYPE != 0 && ALIGNED && WARPS == 8 && RT <= (DROPOUT ? 16 : 32) ? 2 : 1) shrink(
     const T* __restrict__ x,  // [rows, cols], row stride ldx
@@ -26,9 +27,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, DTYPE != 0 && ALIGNED &
     x_row[h] = x + (live[h] ? row : 0) * ldx;
   }
   // While the kernel before this one drains: the first turns of the loop.
-  for (int k = warp * (SPAN * STEPS), turn = 0; k < cols && turn < 2; k += WARPS * SPAN * STEPS, ++turn)
+  for (int k = warp * TURN, turn = 0; k < cols && turn < 2; k += WARPS * TURN, ++turn)
 #pragma unroll
-    for (int u = 0; u < STEPS; ++u)
+    for (int u = 0; u < TURN / SPAN; ++u)
 #pragma unroll
       for (int h = 0; h < 2 * MT; ++h)
         if (k + u * SPAN + t * VEC < cols) prefetch(x_row[h] + k + u * SPAN + t * VEC);
@@ -37,36 +38,43 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, DTYPE != 0 && ALIGNED &
   const T* a_row = a + (i64)(rank0 + g) * lda;
 
   float acc[MT][NT][4] = {};
-  for (int k = warp * (SPAN * STEPS); k < lda; k += WARPS * SPAN * STEPS) {
-    Vec xv[STEPS][2 * MT];
-    Vec av[STEPS][NT];
-#pragma unroll
-    for (int u = 0; u < STEPS; ++u) {
-      int col = k + u * SPAN + t * VEC;
-#pragma unroll
-      for (int h = 0; h < 2 * MT; ++h) xv[u][h] = load_row(x_row[h], col, cols, live[h]);
-    }
-#pragma unroll
-    for (int u = 0; u < STEPS; ++u) {
-      int col = k + u * SPAN + t * VEC;
-#pragma unroll
-      for (int n = 0; n < NT; ++n) av[u][n] = load_packed(a_row + (i64)n * 8 * lda + col);
-    }
-#pragma unroll
-    for (int u = 0; u < STEPS; ++u) {
+  for (int turn = warp * TURN; turn < lda; turn += WARPS * TURN) {
 #if DROPOUT
-      int col = k + u * SPAN + t * VEC;
+    u32 drawn[2 * MT];  // word t of a thread of a quad
 #pragma unroll
-      for (int h = 0; h < 2 * MT; ++h) drop(dropout, (u64)(row0 + h * 8 + g) * cols + col, xv[u][h]);
+    for (int h = 0; h < 2 * MT; ++h) drawn[h] = kept_word(dropout, first_word(row0 + h * 8 + g, turn, cols) + t);
+#endif
+    for (int k = turn; k < min(turn + TURN, lda); k += SPAN * STEPS) {
+      Vec xv[STEPS][2 * MT];
+      Vec av[STEPS][NT];
+#pragma unroll
+      for (int u = 0; u < STEPS; ++u) {
+        int col = k + u * SPAN + t * VEC;
+#pragma unroll
+        for (int h = 0; h < 2 * MT; ++h) xv[u][h] = load_row(x_row[h], col, cols, live[h]);
+      }
+#pragma unroll
+      for (int u = 0; u < STEPS; ++u) {
+        int col = k + u * SPAN + t * VEC;
+#pragma unroll
+        for (int n = 0; n < NT; ++n) av[u][n] = load_packed(a_row + (i64)n * 8 * lda + col);
+      }
+#pragma unroll
+      for (int u = 0; u < STEPS; ++u) {
+#if DROPOUT
+        int col = k + u * SPAN + t * VEC;
+#pragma unroll
+        for (int h = 0; h < 2 * MT; ++h) drop(Kept::of(col, [&](int word) { return __shfl_sync(0xffffffffu, drawn[h], word, 4); }), xv[u][h]);
 #endif
 #pragma unroll
-      for (int i = 0; i < MT; ++i)
+        for (int i = 0; i < MT; ++i)
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          const Vec &lo = xv[u][2 * i], &hi = xv[u][2 * i + 1], &b = av[u][n];
-          mma(acc[i][n], lo.w[0], hi.w[0], lo.w[1], hi.w[1], b.w[0], b.w[1]);
-          mma(acc[i][n], lo.w[2], hi.w[2], lo.w[3], hi.w[3], b.w[2], b.w[3]);
-        }
+          for (int n = 0; n < NT; ++n) {
+            const Vec &lo = xv[u][2 * i], &hi = xv[u][2 * i + 1], &b = av[u][n];
+            mma(acc[i][n], lo.w[0], hi.w[0], lo.w[1], hi.w[1], b.w[0], b.w[1]);
+            mma(acc[i][n], lo.w[2], hi.w[2], lo.w[3], hi.w[3], b.w[2], b.w[3]);
+          }
+      }
     }
   }
 

@@ -3,7 +3,7 @@
 // Options: DTYPE 1 or 2, RT ranks a block (16, 32 or 64), MT, TEAM, SPLITS, BLOCKS of a multiprocessor, DROPOUT.
 constexpr int ROOM = (BLOCKS == 1 ? 200 : 104) << 10;  // as in shrink_ring.rs
 constexpr int STAGES = ROOM / (SPLITS * (16 * MT * TEAM + RT) * 128);
-using Rings = ShrinkRing<RT, MT, TEAM, SPLITS, STAGES>;
+using Rings = ShrinkRing<RT, MT, TEAM, SPLITS, STAGES, DROPOUT != 0>;
 
 extern "C" __global__ void __launch_bounds__(Rings::WARPS * 32, BLOCKS) shrink_ring(
     const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap a_map,
@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(Rings::WARPS * 32, BLOCKS) shrink_r
       if (!early) rings.fetch_x(unit, i, i);
       rings.fetch_a(i, i);
     }
-  rings.run<DROPOUT != 0>(unit, 1, unit + 1, reinterpret_cast<float*>(shared), dropout, [&](int row, int rank, float2 sum) {
+  rings.run(unit, 1, unit + 1, reinterpret_cast<float*>(shared), dropout, [&](int row, int rank, float2 sum) {
     float scale = scales.of[min(rank / 16, 63)];
 #if DROPOUT
     scale *= dropout.scale;

@@ -2,15 +2,15 @@
 //
 // The warps of a block split the depth: a team of MEMBERS warps, of 16 * TILES rows each, takes every TEAMS-th 64
 // columns and has a ring of its own, of STAGES boxes of x and of `a`, that is filled far ahead, from unit to unit:
-// drawing a mask waits for no memory. The sums of the teams meet in shared memory in a fixed order. As in shrink.cu,
-// a thread takes the same permuted columns of x and of `a`, whole 16 bytes at a time, which are the elements of one
-// Philox block.
-template <int RANKS, int TILES, int MEMBERS, int TEAMS, int STAGES>
+// drawing a mask waits for no memory. The sums of the teams meet in shared memory in a fixed order. With a mask, a team takes
+// two boxes in a row, for whose columns a thread has its words.
+template <int RANKS, int TILES, int MEMBERS, int TEAMS, int STAGES, bool MASKED>
 struct ShrinkRing {
   static_assert(STAGES >= 2, "a box is to be on its way while another is read");
   static constexpr int WARPS = TEAMS * MEMBERS, ROWS = 16 * TILES * MEMBERS, NT = RANKS / 8, COLS = 64;
   static constexpr int X_BYTES = ROWS * 128, STAGE_BYTES = X_BYTES + RANKS * 128, BYTES = TEAMS * STAGES * STAGE_BYTES;
   static constexpr int SUMS_BYTES = TEAMS * ROWS * RANKS * 4;
+  static constexpr int TURN = MASKED ? 2 : 1;  // boxes in a row
   static constexpr int BARRIERS = 2 * TEAMS * STAGES;
 
   const TensorMap& x_map;  // [rows, cols], box 64 x ROWS
@@ -25,7 +25,8 @@ struct ShrinkRing {
       : x_map(x_map), a_map(a_map), cols(cols), rank0(rank0) {
     int warp = threadIdx.x >> 5, boxes = (cols + COLS - 1) / COLS;
     lane = threadIdx.x & 31, team = warp / MEMBERS, member = warp % MEMBERS;
-    count = (boxes - team + TEAMS - 1) / TEAMS;
+    count = ((boxes + TURN - 1) / TURN - team + TEAMS - 1) / TEAMS * TURN;
+    if (count > 0 && column(count - 1) >= cols) --count;
     ring = shared_address(shared) + team * STAGES * STAGE_BYTES;
     full = shared_address(barriers) + team * STAGES * 8, empty = full + TEAMS * STAGES * 8;
     loads = member == 0 && lane == 0;
@@ -35,7 +36,7 @@ struct ShrinkRing {
     for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + 8 * stage, 1), barrier_init(empty + 8 * stage, MEMBERS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  __device__ __forceinline__ int column(int i) const { return (i * TEAMS + team) * COLS; }
+  __device__ __forceinline__ int column(int i) const { return ((i / TURN * TEAMS + team) * TURN + i % TURN) * COLS; }
   __device__ __forceinline__ void fetch_x(int unit, int i, int stage) const {
     barrier_expect(full + 8 * stage, STAGE_BYTES);
     load_box(ring + stage * STAGE_BYTES, x_map, column(i), unit * ROWS, full + 8 * stage);
@@ -55,27 +56,34 @@ struct ShrinkRing {
   // Makes every `step`-th unit from `unit` on, after `fill` of them or, where there is only one, its `first` boxes:
   // `put(row, rank, two sums)` for all of one, then `done(its first row)`. `sums` have SUMS_BYTES, which may be the rings'
   // if there is only one unit.
-  template <bool MASKED, class Put, class Done>
+  template <class Put, class Done>
   __device__ __forceinline__ void run(int unit, int step, int end, float* sums, const Dropout& dropout, Put put, Done done) const {
     int stage = 0, parity = 0;
     // The next box to fetch.
     int ahead_unit = count ? unit + STAGES / count * step : end, ahead = count ? STAGES % count : 0;
     for (; unit < end; unit += step) {
       int row0 = unit * ROWS;
-      u64 first_draw = ((u64)(row0 + member * TILES * 16 + lane / 4) * cols >> 3) + 2 * (lane & 3);
+      u32 kept[TILES][2];
       float acc[TILES][NT][4] = {};
       for (int i = 0; i < count; ++i) {
         u32 x = ring + stage * STAGE_BYTES + member * TILES * 16 * 128, a = ring + stage * STAGE_BYTES + X_BYTES;
+        if constexpr (MASKED) {
+          u64 first = first_word(row0 + member * TILES * 16 + lane / 4, column(i), cols) + (lane & 3);
+#pragma unroll
+          for (int h = 0; h < 2 * TILES; ++h) kept[h / 2][h % 2] = i % TURN == 0 ? kept_word(dropout, first + h * 32 * ((cols + 127) / 128)) : kept[h / 2][h % 2] >> 8;
+        }
         barrier_wait(full + 8 * stage, parity);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          Vec xv[TILES][2], av[NT];
+          u32 xv[TILES][2][4], av[NT / 2][2][4];  // 16 columns each
 #pragma unroll
-          for (int m = 0; m < TILES; ++m)
+          for (int k = 0; k < 2; ++k) {
+            int chunk = 4 * half + 2 * k;
 #pragma unroll
-            for (int h = 0; h < 2; ++h) xv[m][h] = load_chunk(x, m * 16 + h * 8 + lane / 4, 2 * (lane & 3) + half);
+            for (int m = 0; m < TILES; ++m) ldmatrix(xv[m][k], swizzled(x, m * 16 + (lane & 15), chunk + (lane >> 4)));
 #pragma unroll
-          for (int n = 0; n < NT; ++n) av[n] = load_chunk(a, n * 8 + lane / 4, 2 * (lane & 3) + half);
+            for (int n = 0; n < NT / 2; ++n) ldmatrix(av[n][k], swizzled(a, n * 16 + (lane >> 4) * 8 + (lane & 7), chunk + (lane >> 3 & 1)));
+          }
           if (half == 1) {
             __syncwarp();
             if (lane == 0) barrier_arrive(empty + 8 * stage);
@@ -86,18 +94,16 @@ struct ShrinkRing {
             }
           }
 #pragma unroll
-          for (int m = 0; m < TILES; ++m) {
-            Vec &lo = xv[m][0], &hi = xv[m][1];
-            if constexpr (MASKED) {
-              u64 draw = first_draw + (u64)m * 2 * cols + (column(i) / 8 + half);
-              drop(dropout, philox(dropout, draw), lo);
-              drop(dropout, philox(dropout, draw + cols), hi);  // 8 rows on
+          for (int m = 0; m < TILES; ++m)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              u32(&v)[4] = xv[m][k];
+              if constexpr (MASKED)
+#pragma unroll
+                for (int r = 0; r < 4; ++r) v[r] = drop_halves(v[r], kept[m][r % 2], 4 * half + 2 * k + r / 2);
+#pragma unroll
+              for (int n = 0; n < NT; ++n) mma(acc[m][n], v[0], v[1], v[2], v[3], av[n / 2][k][n % 2 * 2], av[n / 2][k][n % 2 * 2 + 1]);
             }
-#pragma unroll
-            for (int pair = 0; pair < 4; pair += 2)
-#pragma unroll
-              for (int n = 0; n < NT; ++n) mma(acc[m][n], lo.w[pair], hi.w[pair], lo.w[pair + 1], hi.w[pair + 1], av[n].w[pair], av[n].w[pair + 1]);
-          }
         }
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }

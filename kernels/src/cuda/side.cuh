@@ -35,24 +35,24 @@ __device__ __forceinline__ u32 q_lane(int lane) { return q_place((lane >> 4) * 8
 // qᵀ of 16 rows from row 16 * i on and the 16 ranks from 16 * j on.
 __device__ __forceinline__ void load_q(u32 (&a)[4], u32 q, int i, int j) { ldmatrix_transposed(a, (q ^ j << 5) + i * 16 * SIDE_RANK * 2); }
 
-// The bits of 16 rows of a box for the fragments of `add_across`: rows 2t (low half) and 2t + 1 (high
-// half), and the same 8 rows on; bit 2j is for the thread's column of tile j.
+// The bits of 16 rows of a box for the fragments of `add_across`: rows 2t (low half) and 2t + 1 (high half), and the same 8
+// rows on. Of a half, bit j + 4 is for the thread's column of tile j, and bit j + 12 for j < 4 too.
 __device__ __forceinline__ void load_pairs(u32 (&pairs)[2], u32 bits, int i, int col, int lane) {
   int g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    u32 at = bits + (i * 16 + half * 8 + 2 * t) * 16 + (g >> 1) * 4 + (col >> 6 & 1) * 2;
-    unsigned short even, odd;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(even) : "r"(at));
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(odd) : "r"(at + 16));
-    pairs[half] = (even | (u32)odd << 16) >> (g & 1);
+    u32 at = bits + (i * 16 + half * 8 + 2 * t) * 16 + g * 2 + (col >> 6 & 1), even, odd;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(even) : "r"(at));
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(odd) : "r"(at + 16));
+    u32 pair = even | odd << 16;
+    pairs[half] = pair + (pair & 0x000f000f) * (1 << 12);
   }
 }
 
 __device__ __forceinline__ u32 masked(u32 two, u32 pair, int tile) {
   // The bits of tiles `tile` and `tile ^ 4` become the signs of bytes, which fill halves.
-  u32 signs = pair << (7 - 2 * (tile & 3)), keep;
-  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(keep) : "r"(signs), "r"(tile & 4 ? 0xbb99 : 0xaa88));
+  u32 signs = pair << (3 - (tile & 3)), keep;
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(keep) : "r"(signs), "r"(tile & 4 ? 0xaa88 : 0xbb99));
   return two & keep;
 }
 

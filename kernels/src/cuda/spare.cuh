@@ -1,7 +1,7 @@
 // Hopper: rows of q = scale * D(x) · downᵀ, made by the clusters that have no tiles while the others multiply: DOWN 2.
 // The rows before `first_row` are there. Options: RANK_STEPS 1 or 2.
 #if DOWN == 2
-using Rings = ShrinkRing<16 * RANK_STEPS, 2, 2, 6, RANK_STEPS == 1 ? 3 : 2>;
+using Rings = ShrinkRing<16 * RANK_STEPS, 2, 2, 6, RANK_STEPS == 1 ? 3 : 2, true>;
 static_assert(Rings::WARPS * 32 == THREADS && Rings::BYTES + Rings::SUMS_BYTES <= SHARED_BYTES);
 
 // By all threads of `workers` blocks, of which this is number `worker`.
@@ -19,7 +19,7 @@ __device__ __forceinline__ void make_rows(
   int unit = units(down.first_row) + worker, end = units(rows);
   rings.fill(unit, workers, end);
   float scale = down.scale * dropout.scale;
-  rings.run<true>(unit, workers, end, reinterpret_cast<float*>(shared + Rings::BYTES), dropout, [&](int row, int rank, float2 sum) {
+  rings.run(unit, workers, end, reinterpret_cast<float*>(shared + Rings::BYTES), dropout, [&](int row, int rank, float2 sum) {
     if (row < rows) *reinterpret_cast<u32*>(down.q + (i64)row * 16 * RANK_STEPS + rank) = pack_halves(scale * sum.x, scale * sum.y);
   }, [&](int row) {
     fence_copies();

@@ -48,15 +48,11 @@ struct Next {
 __device__ __forceinline__ void store_chunk(u32 box, int row, int chunk, const Vec& v) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(box, row, chunk)), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
-// Zeroes what is dropped of chunk `chunk` of 8 of 128 columns whose words are at `words` in shared memory.
-__device__ __forceinline__ void drop_by_bits(u32 words, int chunk, Vec& v) {
+// What is kept of the 8 columns from `col` on of a row whose words are at `words` in shared memory.
+__device__ __forceinline__ Kept kept_by_bits(u32 words, int col) {
   Vec keep;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(keep.w[0]), "=r"(keep.w[1]), "=r"(keep.w[2]), "=r"(keep.w[3]) : "r"(words));
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    u32 two = keep.w[w] >> (2 * chunk);
-    v.w[w] &= (two & 1 ? 0xffff : 0) | (two & 2 ? 0xffff0000u : 0);
-  }
+  return Kept::of(col, [&](int t) { return keep.w[t]; });
 }
 
 // q of 16 rows and all ranks, which lies across the depth in rows of RT.
@@ -210,13 +206,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
         u32 box = rings + at * TILE_BYTES;
         barrier_wait(full + 8 * at, parity);
         if constexpr (MASK != 0) {
-          // A thread takes chunks of 8 columns, which are the elements of one Philox block.
+          // A thread takes 8 columns of four rows; eight threads have the same rows and, to draw, two words each.
+          int first = col0 + (2 * i + math) * 64, chunk = thread % 8, from = lane & 24;
+          u32 drawn[2];
+          if constexpr (MASK == 1)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) drawn[k] = kept_word(dropout, first_word(row0 + strip * STRIP + (2 * k + chunk / 4) * 16 + thread / 8, first, cols) + chunk % 4);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            int row = k * 16 + thread / 8, chunk = thread % 8;
+            int row = k * 16 + thread / 8, col = first + chunk * 8;
             Vec v = load_chunk(box, row, chunk);
-            if constexpr (MASK == 1) drop(dropout, (u64)(row0 + strip * STRIP + row) * cols + col0 + (2 * i + math) * 64 + chunk * 8, v);
-            else drop_by_bits(masks + at * MASK_BYTES + row * 16, (col0 / 64 + 2 * i + math) % 2 * 8 + chunk, v);
+            if constexpr (MASK == 1) drop(Kept::of(col, [&](int t) { return __shfl_sync(0xffffffffu, drawn[k / 2], from + k % 2 * 4 + t); }), v);
+            else drop(kept_by_bits(masks + at * MASK_BYTES + row * 16, col), v);
             store_chunk(box, row, chunk, v);
           }
           asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

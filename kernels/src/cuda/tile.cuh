@@ -171,14 +171,15 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 #endif
 
 // ---- dropout by counter --------------------------------------------------------------------
-// Philox-4x32 with 7 rounds (Salmon et al., SC'11). Element i = row * width + col takes draw i % 8,
-// a 16-bit number, of block i / 8; it is kept iff the draw is at least `threshold`.
+// Two blocks of Philox-4x32 with 7 rounds (Salmon et al., SC'11) decide on 32 elements of a row, a bit each:
+// column 8j + 2t + c of 128 has bit j + 16c of word t, as threads of a quad have columns in accumulators. See
+// dropout.rs.
 struct Dropout {
   u64 step;
   u32 seed;       // low word of the seed xor its high word
   u32 site;
-  u32 threshold;  // round(p * 65536)
-  float scale;    // 65536 / (65536 - threshold)
+  u32 threshold;  // round(p * 2^32)
+  float scale;    // 2^32 / (2^32 - threshold)
 };
 
 struct Draws {
@@ -202,65 +203,52 @@ __device__ __forceinline__ Draws philox(const Dropout& d, u64 block) {
   return {{c0, c1, c2, c3}};
 }
 
-// The draws of the VEC elements from `index` on, two in a word.
-__device__ __forceinline__ Draws draws_at(const Dropout& d, u64 index) {
-  Draws out = philox(d, index >> 3);
-#if ALIGNED
-#if DTYPE == 0
-  if (index & 4) {
-    out.w[0] = out.w[2];
-    out.w[1] = out.w[3];
+// The number of the first word of 128 columns, those with `col`, of a row of `cols`.
+__device__ __forceinline__ u64 first_word(u64 row, int col, int cols) { return 4 * (row * ((cols + 127) / 128) + col / 128); }
+
+// Word `number` of the mask: 1 for what is kept.
+__device__ __forceinline__ u32 kept_word(const Dropout& d, u64 number) {
+  // Two blocks are the bits, lowest first, of a byte an element. A byte that equals the threshold's, all 32 of them
+  // decide by `tie`.
+  Draws lower = philox(d, 2 * number), upper = philox(d, 2 * number + 1);
+  u32 tie = 0;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    u32 both = lower.w[w] ^ upper.w[w];
+    tie ^= __funnelshift_l(both, both, 8 * w);
   }
-#endif
-#else
-  u32 shift = index & 7;
-  if (shift) {  // the vector straddles two blocks
-    Draws next = philox(d, (index >> 3) + 1);
-    u32 all[8];
+  u32 kept = tie < d.threshold << 8 ? 0 : ~0u;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) all[i] = out.w[i], all[i + 4] = next.w[i];
-#pragma unroll
-    for (int i = 0; i < 6; ++i) all[i] = shift & 4 ? all[i + 2] : all[i];
-#pragma unroll
-    for (int i = 0; i < 5; ++i) all[i] = shift & 2 ? all[i + 1] : all[i];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out.w[i] = shift & 1 ? __funnelshift_r(all[i], all[i + 1], 16) : all[i];
+  for (int place = 0; place < 8; ++place) {
+    u32 bits = place < 4 ? lower.w[place] : upper.w[place - 4];
+    u32 one = (int)(d.threshold << (7 - place)) >> 31;  // all bits, if that of the threshold is
+    kept = (bits & kept) | (~one & (bits | kept));
   }
-#endif
-  return out;
+  return kept;
 }
 
-__device__ __forceinline__ bool kept(const Dropout& d, const Draws& draws, int e) {
-  return (draws.w[e >> 1] >> (16 * (e & 1)) & 0xffff) >= d.threshold;
-}
-
-#if __CUDA_ARCH__ >= 900
-// Of two draws in a word: 1 in the halves that are kept.
-__device__ __forceinline__ u32 kept_ones(const Dropout& d, u32 two) {
-  // How far a draw is above the last that is dropped, but at most 1.
-  u32 last = (d.threshold - 1) * 0x00010001u, less = (1 - d.threshold & 0xffff) * 0x00010001u, ones = 0x00010001u, above;
-  asm("{\n.reg .b32 far;\nmax.u16x2 far, %1, %2;\nadd.u16x2 far, far, %3;\nmin.u16x2 %0, far, %4;\n}" : "=r"(above) : "r"(two), "r"(last), "r"(less), "r"(ones));
-  return above;
-}
-#endif
-// All bits of the halves that are kept.
-__device__ __forceinline__ u32 kept_halves(const Dropout& d, u32 two) {
-#if __CUDA_ARCH__ >= 900
-  return kept_ones(d, two) * 0xffff;
-#else
-  u32 least = d.threshold << 16;
-  return (two << 16 < least ? 0 : 0xffffu) | (two < least ? 0 : 0xffff0000u);
-#endif
-}
+// Of VEC elements of a row from column `col` on, a multiple of VEC: bits 0 and 16 of word w are 1 for those of 2w and 2w + 1
+// that are kept.
+struct Kept {
+  u32 w[HALF_VEC];
+  // From the words of their 128 columns: `word(t)`.
+  template <class Word>
+  __device__ __forceinline__ static Kept of(int col, Word word) {
+    Kept kept;
+#pragma unroll
+    for (int w = 0; w < HALF_VEC; ++w) kept.w[w] = word((col >> 1 & 3) + w) >> (col >> 3 & 15);
+    return kept;
+  }
+  __device__ __forceinline__ bool operator[](int e) const { return w[e >> 1] >> (16 * (e & 1)) & 1; }
+};
 
 // Zeroes the dropped elements; survivors are scaled later, in f32.
-__device__ __forceinline__ void drop(const Dropout& d, const Draws& draws, Vec& v) {
+__device__ __forceinline__ void drop(const Kept& kept, Vec& v) {
 #pragma unroll
   for (int w = 0; w < 4; ++w)
 #if DTYPE == 0
-    if (!kept(d, draws, w)) v.w[w] = 0;
+    if (!kept[w]) v.w[w] = 0;
 #else
-    v.w[w] &= kept_halves(d, draws.w[w]);
+    v.w[w] &= (kept.w[w] & 0x00010001) * 0xffff;
 #endif
 }
-__device__ __forceinline__ void drop(const Dropout& d, u64 index, Vec& v) { drop(d, draws_at(d, index), v); }

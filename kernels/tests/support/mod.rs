@@ -244,14 +244,17 @@ impl<T: Real, P: Real> Inputs<T, P> {
         let a: Vec<f64> = self.a.iter().map(|v| v.to()).collect();
         let b: Vec<f64> = self.b.iter().map(|v| v.to()).collect();
         let s = f64::from(SCALING);
-        let factor = |post: bool, i: usize| match case.dropout {
-            Some(d) if case.post == post => f64::from(d.factor(i as u64)),
+        let factor = |post: bool, row: usize, col: usize| match case.dropout {
+            Some(d) if case.post == post => {
+                f64::from(d.factor(row as u64, col, if post { n } else { k }))
+            }
             _ => 1.0,
         };
         let masked = |v: &[f64], post| {
+            let width = if post { n } else { k };
             v.iter()
                 .enumerate()
-                .map(|(i, v)| v * factor(post, i))
+                .map(|(i, v)| v * factor(post, i / width, i % width))
                 .collect::<Vec<_>>()
         };
         let (dropped_xs, dropped_dys) = (masked(&xs, false), masked(&dys, true));
@@ -271,7 +274,7 @@ impl<T: Real, P: Real> Inputs<T, P> {
             .map(|at| {
                 let (row, col) = (sampled[at / n], at % n);
                 let bias = if case.bias { self.bias[col].to() } else { 0.0 };
-                base[at] + bias + low[at] * factor(true, row * n + col)
+                base[at] + bias + low[at] * factor(true, row, col)
             })
             .collect();
         let base = product(sampled.len(), k, n, |i, l, j| {
@@ -281,7 +284,7 @@ impl<T: Real, P: Real> Inputs<T, P> {
             dh[sampled[i] * r + j] * a[j * k + l]
         });
         let dxs = (0..base.len())
-            .map(|at| base[at] + low[at] * factor(false, sampled[at / k] * k + at % k))
+            .map(|at| base[at] + low[at] * factor(false, sampled[at / k], at % k))
             .collect();
         Results { ys, dxs, da, db }
     }

@@ -166,7 +166,7 @@ impl Mask {
             DropoutPosition::Post => Place::Post,
         };
         let (threshold, seed, site, step) = self.numbers();
-        let probability = f64::from(threshold) / 65536.0;
+        let probability = f64::from(threshold) / 2f64.powi(32);
         Dropout::new(place, probability, seed, site, step).map_err(candle)
     }
 }

@@ -59,9 +59,9 @@ impl Expand {
                     for (row, (ys, p)) in rows_of_chunk.enumerate() {
                         combine(&mut delta, p, q);
                         if let Some(mask) = &self.mask {
-                            let start = ((chunk * rows + row) * width) as u64;
-                            mask.for_each(start, width, |i, factor| {
-                                delta[i] = delta[i] * A::from_f64(f64::from(factor));
+                            let row = (chunk * rows + row) as u64;
+                            mask.row(row, width, |column, factor| {
+                                delta[column] = delta[column] * A::from_f64(f64::from(factor));
                             });
                         }
                         for (y, delta) in ys.iter_mut().zip(&delta) {

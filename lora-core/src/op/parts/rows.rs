@@ -47,7 +47,7 @@ impl Rows {
             .par_chunks_mut(width.max(1))
             .zip(rows)
             .for_each(|(factors, row)| {
-                mask.for_each((row * width) as u64, width, |i, factor| factors[i] = factor);
+                mask.row(row as u64, width, |column, factor| factors[column] = factor);
             });
         let factors = Tensor::from_vec(factors, xs.shape(), &Device::Cpu)?;
         xs.mul(&factors.to_dtype(xs.dtype())?.to_device(xs.device())?)
