@@ -120,6 +120,15 @@ __device__ __forceinline__ u32 drop_halves(u32 two, u32 kept, int j) {
   return two & keep;
 }
 
+// Of bits in shared memory, those of rows `row` + 2t (low half) and 2t + 1 (high half) and column g of every 8 of the 64 with
+// `col`: bit j of a half is for the j-th 8.
+__device__ __forceinline__ u32 load_pair(u32 bits, int row, int col, int lane) {
+  u32 at = bits + (row + 2 * (lane & 3)) * 16 + (lane >> 2) * 2 + (col >> 6 & 1), even, odd;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(even) : "r"(at));
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(odd) : "r"(at + 16));
+  return even | odd << 16;
+}
+
 // Unit `unit` of the bits of a matrix [rows, cols]: 32 rows, one a lane, by 128 columns.
 __device__ __forceinline__ void store_bits(const Dropout& d, u32* keep, int unit, int rows, int cols, int lane) {
   int groups = (cols + 127) / 128;

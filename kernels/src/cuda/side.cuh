@@ -38,13 +38,9 @@ __device__ __forceinline__ void load_q(u32 (&a)[4], u32 q, int i, int j) { ldmat
 // The bits of 16 rows of a box for the fragments of `add_across`: rows 2t (low half) and 2t + 1 (high half), and the same 8
 // rows on. Of a half, bit j + 4 is for the thread's column of tile j, and bit j + 12 for j < 4 too.
 __device__ __forceinline__ void load_pairs(u32 (&pairs)[2], u32 bits, int i, int col, int lane) {
-  int g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    u32 at = bits + (i * 16 + half * 8 + 2 * t) * 16 + g * 2 + (col >> 6 & 1), even, odd;
-    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(even) : "r"(at));
-    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(odd) : "r"(at + 16));
-    u32 pair = even | odd << 16;
+    u32 pair = load_pair(bits, i * 16 + half * 8, col, lane);
     pairs[half] = pair + (pair & 0x000f000f) * (1 << 12);
   }
 }

@@ -48,13 +48,6 @@ struct Next {
 __device__ __forceinline__ void store_chunk(u32 box, int row, int chunk, const Vec& v) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(box, row, chunk)), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
-// What is kept of the 8 columns from `col` on of a row whose words are at `words` in shared memory.
-__device__ __forceinline__ Kept kept_by_bits(u32 words, int col) {
-  Vec keep;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(keep.w[0]), "=r"(keep.w[1]), "=r"(keep.w[2]), "=r"(keep.w[3]) : "r"(words));
-  return Kept::of(col, [&](int t) { return keep.w[t]; });
-}
-
 // q of 16 rows and all ranks, which lies across the depth in rows of RT.
 __device__ __forceinline__ u64 q_descriptor(u32 address) {
   constexpr u64 SWIZZLE = RT == 16 ? 3 : RT == 32 ? 2 : 1;
@@ -205,23 +198,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
         int at = math * STAGES + stage;
         u32 box = rings + at * TILE_BYTES;
         barrier_wait(full + 8 * at, parity);
-        if constexpr (MASK != 0) {
+        if constexpr (MASK == 1) {
           // A thread takes 8 columns of four rows; eight threads have the same rows and, to draw, two words each.
           int first = col0 + (2 * i + math) * 64, chunk = thread % 8, from = lane & 24;
           u32 drawn[2];
-          if constexpr (MASK == 1)
 #pragma unroll
-            for (int k = 0; k < 2; ++k) drawn[k] = kept_word(dropout, first_word(row0 + strip * STRIP + (2 * k + chunk / 4) * 16 + thread / 8, first, cols) + chunk % 4);
+          for (int k = 0; k < 2; ++k) drawn[k] = kept_word(dropout, first_word(row0 + strip * STRIP + (2 * k + chunk / 4) * 16 + thread / 8, first, cols) + chunk % 4);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             int row = k * 16 + thread / 8, col = first + chunk * 8;
             Vec v = load_chunk(box, row, chunk);
-            if constexpr (MASK == 1) drop(Kept::of(col, [&](int t) { return __shfl_sync(0xffffffffu, drawn[k / 2], from + k % 2 * 4 + t); }), v);
-            else drop(kept_by_bits(masks + at * MASK_BYTES + row * 16, col), v);
+            drop(Kept::of(col, [&](int t) { return __shfl_sync(0xffffffffu, drawn[k / 2], from + k % 2 * 4 + t); }), v);
             store_chunk(box, row, chunk, v);
           }
           asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
           warpgroup_sync();
+        }
+        if constexpr (MASK == 2) {
+          // By bits: a warp takes its 16 columns to registers, from where they are multiplied.
+          u32 z[STRIP / 16][4];
+#pragma unroll
+          for (int k = 0; k < STRIP / 16; ++k) {
+            ldmatrix_transposed(z[k], swizzled(box, k * 16 + (lane & 15), 2 * warp + (lane >> 4)));
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              u32 kept = load_pair(masks + at * MASK_BYTES, k * 16 + half * 8, col0 + (2 * i + math) * 64, lane) >> 2 * warp;
+              z[k][half] = drop_halves(z[k][half], kept, 0), z[k][half + 2] = drop_halves(z[k][half + 2], kept, 1);
+            }
+          }
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < STRIP / 16; ++k) wgmma_narrow(acc[i], {z[k][0], z[k][2], z[k][1], z[k][3]}, q + k * Q_STEP);
+          wgmma_commit();
+          wgmma_wait<0>();
+          warpgroup_sync();
+          release(stage);
+          if (++stage == STAGES) stage = 0, parity ^= 1;
+          continue;
         }
         u64 z = descriptor(box, 16);
         wgmma_fence();
@@ -244,8 +257,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
         if (MAKES && i == (AT_ONCE ? TILES - 1 : TILES / 2) && strip > 0) add_up(strip - 1);
 #endif
       }
-      wgmma_wait<0>();
-      release(previous);
+      if constexpr (MASK != 2) {
+        wgmma_wait<0>();
+        release(previous);
+      }
       if (thread == 0) barrier_arrive(q_empty + 8 * q_stage);
       if (++q_stage == Q_STAGES) q_stage = 0, q_parity ^= 1;
 #if DOWN
