@@ -188,7 +188,6 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
             (1, 2, 1, 1, 0),
         ] {
             let steps: &[u32] = match (down, side) {
-                (2, _) => &[1, 2],
                 (1, _) if dropout == 2 => &[1, 2],
                 (0, 0) => &[1, 2, 3, 4],
                 _ => &[1, 2, 4], // of ranks up to 64

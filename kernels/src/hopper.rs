@@ -162,7 +162,7 @@ impl Launcher<'_> {
         let whole = tiling(side::busy(tiles, clusters));
         let tail = maker
             .filter(|_| forward)
-            .and_then(|maker| self.tail(maker, (rows, depth), whole));
+            .and_then(|maker| self.tail(maker, (rows, depth), rank, whole));
         if tail.is_some() {
             function = self.kernels.function(instance(true), SHARED_BYTES)?;
         }

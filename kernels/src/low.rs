@@ -163,7 +163,7 @@ impl Launcher<'_> {
                 let first = match self.kernels.preference() {
                     // Small layers take this way too: half for the pass, half for the clusters.
                     Preference::Hopper if tiling.spare > 0 => (rows / 2).next_multiple_of(128),
-                    _ => spare::first_row((rows, depth), tiling),
+                    _ => spare::first_row((rows, depth), ranks, tiling),
                 };
                 let first = first.min(rows);
                 let mut before = RowsMut {

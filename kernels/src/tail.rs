@@ -57,7 +57,13 @@ pub(crate) struct TailLaunch {
 
 impl Launcher<'_> {
     /// The tail of a forward over `[rows, depth]` that `maker` makes S of, instead of the `whole` tiles.
-    pub fn tail(&self, maker: Maker, (rows, depth): (usize, usize), whole: Tiling) -> Option<Tail> {
+    pub fn tail(
+        &self,
+        maker: Maker,
+        (rows, depth): (usize, usize),
+        ranks: usize,
+        whole: Tiling,
+    ) -> Option<Tail> {
         let clusters = whole.busy + whole.spare / CLUSTER;
         let tail = Tail::new(whole.rows * whole.cols, clusters, depth)?;
         let worth = match maker {
@@ -65,7 +71,9 @@ impl Launcher<'_> {
             Maker::FirstTiles if self.kernels.preference() == Preference::Hopper => true,
             Maker::FirstTiles => tail.saves(depth) > 0.0,
             // There are no clusters then that make rows of S.
-            Maker::SpareClusters(_) => tail.saves(depth) > spare::saves((rows, depth), whole),
+            Maker::SpareClusters(_) => {
+                tail.saves(depth) > spare::saves((rows, depth), ranks, whole)
+            }
         };
         worth.then_some(tail)
     }

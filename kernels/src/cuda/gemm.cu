@@ -24,7 +24,8 @@ struct Tile {
 };
 
 // The first `shares` columns of clusters, row by row; then groups of GROUP cluster rows, within a
-// group down the rows, then on to the next columns.
+// group down the rows, then on to the next columns. With DOWN 2, few rows are two groups, so that the later half of q has
+// more time.
 __device__ __forceinline__ Tile tile_at(int index, int cluster_rows, int cluster_cols, int shares, int block) {
   int row, col;
   if (index < shares * cluster_rows) {
@@ -32,8 +33,9 @@ __device__ __forceinline__ Tile tile_at(int index, int cluster_rows, int cluster
     col = index % shares;
   } else {
     index -= shares * cluster_rows;
-    int cols = cluster_cols - shares, group = index / (GROUP * cols), first = group * GROUP;
-    int height = min(GROUP, cluster_rows - first), within = index - first * cols;
+    int cols = cluster_cols - shares, most = DOWN == 2 && cluster_rows <= GROUP ? GROUP / 2 : GROUP;
+    int group = index / (most * cols), first = group * most;
+    int height = min(most, cluster_rows - first), within = index - first * cols;
     row = first + within % height;
     col = shares + within / height;
   }

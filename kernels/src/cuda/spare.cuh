@@ -1,7 +1,8 @@
 // Hopper: rows of q = scale * D(x) · downᵀ, made by the clusters that have no tiles while the others multiply: DOWN 2.
-// The rows before `first_row` are there. Options: RANK_STEPS 1 or 2.
+// The rows before `first_row` are there. Options: RANK_STEPS 1, 2 or 4.
 #if DOWN == 2
-using Rings = ShrinkRing<16 * RANK_STEPS, 2, 2, 6, RANK_STEPS == 1 ? 3 : 2, true>;
+constexpr bool MANY = RANK_STEPS > 2;  // ranks: fewer teams have room for their sums
+using Rings = ShrinkRing<16 * RANK_STEPS, MANY ? 1 : 2, MANY ? 4 : 2, MANY ? 3 : 6, RANK_STEPS == 2 ? 2 : 3, true>;
 static_assert(Rings::WARPS * 32 == THREADS && Rings::BYTES + Rings::SUMS_BYTES <= SHARED_BYTES);
 
 // By all threads of `workers` blocks, of which this is number `worker`.
