@@ -77,9 +77,6 @@ __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, 
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// Of this thread, where a warp parts.
-__device__ __forceinline__ void cluster_arrive_alone() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait_alone() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(); }
 // At the start, where the others are to see nothing but barriers that `fence.mbarrier_init` has shown them: without a
 // memory barrier of the whole card.

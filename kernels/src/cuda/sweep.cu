@@ -19,6 +19,7 @@
 constexpr int LOAD_ROWS = 16;  // that are loaded at once
 constexpr int TILE_BYTES = STRIP * 128;
 constexpr int SERVICE = BITS && RT == 16 ? 2 : 1;  // warpgroups that load and draw
+constexpr int DRAWERS = BITS ? SERVICE * 4 - 1 : 0;  // warps
 constexpr int THREADS = (SERVICE + 2) * 128;
 constexpr int SERVICE_REGISTERS = BITS ? 88 : 40, MATH_REGISTERS = !BITS ? 232 : SERVICE == 2 ? 168 : 208;
 constexpr int Q_STAGES = RT == 64 ? 2 : 4, Q_BYTES = STRIP * RT * 2;
@@ -66,11 +67,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     const __grid_constant__ TensorMap s_map,     // as q_map
     const __grid_constant__ Next next) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[4 * STAGES + 2 * Q_STAGES + 2 * MEETS];
+  __shared__ __align__(8) u64 barriers[4 * STAGES + 2 * Q_STAGES + 2 * MEETS + 1];
   u32 rings = shared_address(shared), q_ring = rings + 2 * STAGES * TILE_BYTES, p_tiles = q_ring + Q_STAGES * Q_BYTES;
   u32 meet = p_tiles + 2 * PAIRS * P_BYTES, own_sums = meet + MEETS * MEET_BYTES, masks = own_sums + SUMS_BYTES;
   u32 full = shared_address(barriers), empty = full + 2 * STAGES * 8, q_full = empty + 2 * STAGES * 8, q_empty = q_full + Q_STAGES * 8;
-  u32 met = q_empty + Q_STAGES * 8, taken = met + MEETS * 8;
+  u32 met = q_empty + Q_STAGES * 8, taken = met + MEETS * 8, made = taken + MEETS * 8;
 
   int rank = blockIdx.x % group, block = blockIdx.x / group, warpgroup = threadIdx.x / 128;
   int row0 = block * block_rows, strips = (min(block_rows, rows - row0) + STRIP - 1) / STRIP;
@@ -81,10 +82,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     for (int i = 0; i < 2 * STAGES; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 1);
     for (int i = 0; i < Q_STAGES; ++i) barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, 2);
     if (DOWN) cluster_sum.init_barriers();
+    if (NEXT) barrier_init(made, group * (8 + DRAWERS));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   if (DOWN) cluster_arrive_early();  // the blocks of a group may send once all have
+  // Of a warp that has written its part of s or of the bits, which all blocks of the group are going to load.
+  auto tell_made = [&] {
+    fence_copies();
+    __syncwarp();
+    if (threadIdx.x % 32 < group) barrier_arrive_cluster(made, threadIdx.x % 32);
+  };
 
   if (warpgroup < SERVICE) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(SERVICE_REGISTERS));
@@ -139,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
       // As many tiles as there is room for come while the group finishes s, and the bits.
       int early = min(strips, STAGES / NEXT), start = stage;
       for (int strip = 0; strip < early; ++strip) load_tiles(Yes{}, next_map, row0 + strip * STRIP, next_col0, next.cols, false, false);
-      cluster_arrive_alone(), cluster_wait_alone(), fence_copies();
+      barrier_wait_cluster(made, 0), fence_copies();
       for (int strip = 0; strip < strips; ++strip) {
         int row = row0 + strip * STRIP;
         load_q(s_map, row);
@@ -147,20 +155,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
         for (int i = 0; BITS && strip < early && i < 2 * NEXT; ++i) load_mask(i % 2 * STAGES + (start + strip * NEXT + i / 2) % STAGES, row, next_col0 + i * 64, next.cols);
       }
 #endif
-    } else {
-#if BITS
-      if (threadIdx.x >= 32) {
-        await_previous();
-        // With the other matrix, those of the rows that this group needs.
-        int from = NEXT ? row0 : 0, to = NEXT ? min(row0 + block_rows, bits.rows) : bits.rows, blocks = NEXT ? group : gridDim.x;
-        int lane = threadIdx.x & 31, drawer = (NEXT ? rank : blockIdx.x) * (SERVICE * 4 - 1) + threadIdx.x / 32 - 1;
-        int groups = (bits.cols + 127) / 128, end = (to + 31) / 32 * groups;
-        for (int unit = from / 32 * groups + drawer; unit < end; unit += blocks * (SERVICE * 4 - 1)) store_bits(bits.dropout, bits.keep, unit, bits.rows, bits.cols, lane);
-        if (NEXT) fence_copies();
-      }
-#endif
-      if (NEXT) cluster_arrive_alone();
     }
+#if BITS
+    if (threadIdx.x >= 32) {
+      await_previous();
+      // With the other matrix, those of the rows that this group needs.
+      int from = NEXT ? row0 : 0, to = NEXT ? min(row0 + block_rows, bits.rows) : bits.rows, blocks = NEXT ? group : gridDim.x;
+      int lane = threadIdx.x & 31, drawer = (NEXT ? rank : blockIdx.x) * DRAWERS + threadIdx.x / 32 - 1;
+      int groups = (bits.cols + 127) / 128, end = (to + 31) / 32 * groups;
+      for (int unit = from / 32 * groups + drawer; unit < end; unit += blocks * DRAWERS) store_bits(bits.dropout, bits.keep, unit, bits.rows, bits.cols, lane);
+      if (NEXT) tell_made();
+    }
+#endif
     return;
   }
 
@@ -270,8 +276,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
 #if DOWN
     if (MAKES) {
       add_up(strips - 1);
-      if (NEXT) fence_copies();
-      if (NEXT || !AT_ONCE) cluster_arrive();
+      if (NEXT) tell_made();
+      else if (!AT_ONCE) cluster_arrive();
     }
 #endif
     float scale = MASK == 0 ? 1.f : MASK == 1 ? dropout.scale : bits.dropout.scale;
