@@ -31,7 +31,7 @@
 //! - **Hopper** (compute capability 9.0): one persistent kernel (TMA and wgmma) makes the base product,
 //!   adds bias and the adapter's part in the f32 sums and rounds once. `S` and `dS` are made either by that
 //!   kernel's first tiles, from the input that they read anyway, or in a pass before it, whichever is expected
-//!   to cost less. A masked `S` takes the pass (up to rank 32, only for the rows that tiles need first:
+//!   to cost less. A masked `S` takes the pass (up to rank 64, only for the rows that tiles need first:
 //!   multiprocessors without tiles make the others meanwhile), and so does `dS` with dropout on the output.
 //!   Forward, a few tiles that would be left for a last wave are made by two or four times as many multiprocessors, a
 //!   part of the depth each.

@@ -144,7 +144,16 @@ impl Mask {
     pub fn factor(&self, row: u64, column: usize, width: usize) -> f32 {
         let unit = row * width.div_ceil(UNIT) as u64 + (column / UNIT) as u64;
         let word = self.word(4 * unit + (column / 2 % 4) as u64);
-        self.scale(word, column)
+        if kept(word, column) {
+            self.survivor()
+        } else {
+            0.0
+        }
+    }
+
+    /// What is kept is multiplied by this.
+    fn survivor(&self) -> f32 {
+        (WHOLE / (WHOLE - f64::from(self.threshold))) as f32
     }
 
     /// Word `number` of the mask: a bit for each of 32 elements, set if it is kept.
@@ -174,16 +183,6 @@ impl Mask {
         })
     }
 
-    /// The factor of a column, given its word.
-    fn scale(&self, word: u32, column: usize) -> f32 {
-        let bit = column / 8 % 16 + 16 * (column % 2);
-        if word >> bit & 1 == 1 {
-            (WHOLE / (WHOLE - f64::from(self.threshold))) as f32
-        } else {
-            0.0
-        }
-    }
-
     /// The factors of a matrix of this shape.
     pub(crate) fn tensor(
         &self,
@@ -210,11 +209,13 @@ impl Mask {
 
     /// The factors of row `row` of a matrix with `width` columns.
     pub(crate) fn row(&self, row: u64, width: usize, mut scale: impl FnMut(usize, f32)) {
+        let survivor = self.survivor();
         let first = row * width.div_ceil(UNIT) as u64;
         for (unit, start) in (first..).zip((0..width).step_by(UNIT)) {
             let words: [u32; 4] = std::array::from_fn(|t| self.word(4 * unit + t as u64));
             for column in start..width.min(start + UNIT) {
-                scale(column, self.scale(words[column / 2 % 4], column));
+                let kept = kept(words[column / 2 % 4], column);
+                scale(column, if kept { survivor } else { 0.0 });
             }
         }
     }
@@ -233,6 +234,11 @@ impl Mask {
             });
         });
     }
+}
+
+/// Whether the word of a column keeps it.
+fn kept(word: u32, column: usize) -> bool {
+    word >> (column / 8 % 16 + 16 * (column % 2)) & 1 == 1
 }
 
 /// Columns of a matrix of any number of dimensions.
