@@ -12,6 +12,9 @@ use crate::rows::{Rows, padded_width};
 use crate::skinny::{RowsMut, Scales, rank_tile};
 use crate::tensor_map::TensorMap;
 
+/// Most warps of a block.
+const WARPS: usize = 16;
+
 /// How a block takes its work, as in shrink_ring.cu.
 #[derive(Clone, Copy)]
 pub(crate) struct Teams {
@@ -24,8 +27,24 @@ pub(crate) struct Teams {
 }
 
 impl Teams {
-    /// From the most rows a block to the fewest.
-    pub const ALL: [Self; 3] = [Self::of(2, 2, 1), Self::of(2, 1, 2), Self::of(1, 1, 2)];
+    const OF_FEW_RANKS: [Self; 2] = [Self::of(2, 1, 2), Self::FEW_ROWS];
+    /// A warp has more to multiply, so that fewer rows in more warps are faster.
+    const OF_MANY_RANKS: [Self; 4] = [
+        Self::of(2, 2, 1),
+        Self::of(1, 3, 1),
+        Self::of(1, 2, 1),
+        Self::FEW_ROWS,
+    ];
+    const FEW_ROWS: Self = Self::of(1, 1, 2);
+
+    /// Those to choose from.
+    pub const fn all(ranks: usize) -> &'static [Self] {
+        if ranks == 16 {
+            &Self::OF_FEW_RANKS
+        } else {
+            &Self::OF_MANY_RANKS
+        }
+    }
 
     const fn of(row_tiles: usize, team: usize, blocks: usize) -> Self {
         Self {
@@ -35,21 +54,24 @@ impl Teams {
         }
     }
 
-    /// Those with the most rows a block, which read A least often, that still fill the card.
-    fn choose(rows: usize, multiprocessors: usize) -> Self {
-        let [.., last] = Self::ALL;
-        let full = |teams: &Self| 10 * rows.div_ceil(teams.rows()) >= 9 * multiprocessors;
-        Self::ALL.into_iter().find(full).unwrap_or(last)
+    /// Those by which the multiprocessors have the fewest rows each; of them, those with the most rows a block, which read A
+    /// least often. Blocks of the fewest rows are slower where a multiprocessor has two of them.
+    fn choose(rows: usize, ranks: usize, multiprocessors: usize) -> Self {
+        let blocks_of_each = |teams: &Self| rows.div_ceil(teams.rows()).div_ceil(multiprocessors);
+        let all = Self::all(ranks).iter().copied();
+        all.filter(|teams| teams.rows() > Self::FEW_ROWS.rows() || blocks_of_each(teams) <= 1)
+            .min_by_key(|teams| blocks_of_each(teams) * teams.rows())
+            .unwrap_or(Self::FEW_ROWS)
     }
 
     fn rows(self) -> usize {
         16 * self.row_tiles * self.team
     }
 
-    /// Teams of a block: as many as have room for two boxes of x and of `ranks` ranks each.
+    /// Teams of a block: as many as have room for two boxes of x and of `ranks` ranks each, and warps.
     fn splits(self, ranks: usize) -> usize {
         let boxes = 2 * 128 * (self.rows() + ranks);
-        if 8 * boxes <= self.shared_bytes() {
+        if 8 * boxes <= self.shared_bytes() && 8 * self.team <= WARPS {
             8
         } else {
             4
@@ -93,7 +115,7 @@ impl Launcher<'_> {
         (s, early): (&mut RowsMut<T>, bool),
     ) -> Result<()> {
         let ranks = rank_tile(s.cols);
-        let teams = Teams::choose(xs.rows, self.kernels.multiprocessors());
+        let teams = Teams::choose(xs.rows, ranks, self.kernels.multiprocessors());
         let instance = Instance {
             kernel: Kernel::ShrinkRing,
             defines: [
@@ -148,21 +170,26 @@ mod tests {
 
     #[test]
     fn blocks_fill_the_card_and_rings_fit() {
-        let chosen = |rows| {
-            let teams = Teams::choose(rows, 132);
-            [teams.rows(), teams.splits(16), teams.blocks]
+        let chosen = |rows, ranks| {
+            let teams = Teams::choose(rows, ranks, 132);
+            [teams.rows(), teams.splits(ranks), teams.blocks]
         };
-        assert_eq!(chosen(8192), [64, 8, 1]);
-        assert_eq!(chosen(4096), [32, 8, 2]);
-        assert_eq!(chosen(3000), [16, 8, 2]);
-        assert_eq!(chosen(1), [16, 8, 2]);
-        for teams in Teams::ALL {
-            for ranks in [16, 32, 64] {
+        assert_eq!(chosen(8192, 16), [32, 8, 2]);
+        assert_eq!(chosen(5888, 16), [32, 8, 2]);
+        assert_eq!(chosen(3000, 16), [32, 8, 2]);
+        assert_eq!(chosen(2112, 16), [16, 8, 2]);
+        assert_eq!(chosen(8192, 64), [64, 4, 1]);
+        assert_eq!(chosen(5376, 64), [48, 4, 1]);
+        assert_eq!(chosen(4096, 64), [32, 8, 1]);
+        assert_eq!(chosen(2112, 64), [16, 4, 2]);
+        assert_eq!(chosen(2113, 64), [32, 8, 1]);
+        for ranks in [16, 32, 64] {
+            for teams in Teams::all(ranks) {
                 let boxes = 2 * 128 * (teams.rows() + ranks);
                 assert!(teams.splits(ranks) * boxes <= teams.shared_bytes());
                 let warps = teams.splits(ranks) * teams.team;
                 let sums = 4 * teams.splits(ranks) * teams.rows() * ranks;
-                assert!(warps <= 16 && sums <= teams.shared_bytes());
+                assert!(warps <= WARPS && sums <= teams.shared_bytes());
             }
         }
     }
