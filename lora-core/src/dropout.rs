@@ -12,8 +12,8 @@
 //!
 //! whose eight words are the bits, lowest first, of a byte for every element. With
 //! `T = round(p · 2³²)` an element is dropped if its byte is less than the upper byte of `T`, and, of
-//! those that are equal, where `tie < T · 2⁸ mod 2³²`: `tie` is the sum without carry of words `w` and
-//! `w + 4`, rotated left by `8 w` bits, for `w < 4`. What is kept is multiplied by `2³² / (2³² − T)`, so
+//! those that are equal, where `tie < T · 2⁸ mod 2³²`: `tie` is the xor of words `w` and `w + 4`,
+//! rotated left by `8 w` bits, for `w < 4`. What is kept is multiplied by `2³² / (2³² − T)`, so
 //! that the expectation is exact. Forward, backward, CPU and GPU draw the same mask from these
 //! numbers alone.
 //!
@@ -192,7 +192,7 @@ impl Mask {
     ) -> candle_core::Result<Tensor> {
         let width = width(shape);
         let mut factors = vec![0f32; shape.elem_count()];
-        self.for_each_row(&mut factors, width, |to, factor| *to = factor);
+        self.for_each(&mut factors, width, |to, factor| *to = factor);
         Tensor::from_vec(factors, shape, &Device::Cpu)?
             .to_dtype(dtype)?
             .to_device(device)
@@ -220,8 +220,8 @@ impl Mask {
         }
     }
 
-    /// Gives each value of a matrix with `width` columns its factor.
-    fn for_each_row<T: Send>(
+    /// Visits each value of a matrix with `width` columns, with its factor.
+    fn for_each<T: Send>(
         &self,
         values: &mut [T],
         width: usize,
@@ -262,7 +262,7 @@ impl CustomOp1 for Mask {
         macro_rules! masked {
             ($values:expr, $variant:path, $float:ty) => {{
                 let mut values = $values[start..end].to_vec();
-                self.for_each_row(&mut values, width(layout.shape()), |value, factor| {
+                self.for_each(&mut values, width(layout.shape()), |value, factor| {
                     *value *= <$float>::from(factor);
                 });
                 $variant(values)
@@ -274,5 +274,27 @@ impl CustomOp1 for Mask {
             other => bail!("dropout-mask expects f32 or f64, got {:?}", other.dtype()),
         };
         Ok((masked, layout.shape().clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matrices_have_the_factors_of_their_elements() -> candle_core::Result<()> {
+        let mask = Mask::new(0.3, 1, 2, 3).unwrap();
+        for width in [1, 130, 300] {
+            let shape = Shape::from((3, 2, width));
+            let all = mask.tensor(&shape, DType::F32, &Device::Cpu)?;
+            let ones = Tensor::ones(shape, DType::F32, &Device::Cpu)?;
+            let applied = mask.apply(&ones)?.flatten_all()?.to_vec1::<f32>()?;
+            assert_eq!(applied, all.flatten_all()?.to_vec1::<f32>()?);
+            for (i, factor) in applied.into_iter().enumerate() {
+                let row = (i / width) as u64;
+                assert_eq!(factor, mask.factor(row, i % width, width));
+            }
+        }
+        Ok(())
     }
 }

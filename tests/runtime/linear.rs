@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use lora_core::{
     DropoutPosition::{self, Post, Pre},
-    LinearLoRA, Mask, PeftConfig,
+    LinearLoRA, PeftConfig,
     nn::Linear,
     patch_linear_module,
 };
@@ -322,40 +322,6 @@ fn two_forward_passes_draw_two_masks_and_each_backward_its_own() -> anyhow::Resu
     }
     assert!(relative_error(both.get(layer.lora_a()).unwrap(), &sum) < 1e-12);
     Ok(())
-}
-
-#[test]
-fn dropout_keeps_the_expectation() {
-    let (rows, width) = (4000, 200);
-    let n = (rows * width) as f64;
-    // Probabilities of few bits and of many, and one below the last of a byte.
-    for p in [0.5, 0.3, 0.1, 0.001] {
-        let mask = Mask::new(p, 8, 1, 2).unwrap();
-        let kept = |row: usize, column| mask.factor(row as u64, column, width) > 0.0;
-        let all = || (0..rows).flat_map(|row| (0..width).map(move |column| (row, column)));
-        let mean = all()
-            .map(|(row, column)| f64::from(mask.factor(row as u64, column, width)))
-            .sum::<f64>()
-            / n;
-        // Four standard deviations of the mean of n draws.
-        assert!(
-            (mean - 1.0).abs() < 4.0 * (p / (1.0 - p) / n).sqrt(),
-            "p = {p}: {mean}"
-        );
-        // Elements near each other, in one word or not, are dropped independently.
-        for (down, right) in [(0, 1), (0, 2), (0, 8), (0, 64), (0, 128), (1, 0), (1, 8)] {
-            let both = all()
-                .filter(|&(row, column)| row + down < rows && column + right < width)
-                .filter(|&(row, column)| !kept(row, column) && !kept(row + down, column + right))
-                .count() as f64;
-            let pairs = ((rows - down) * (width - right)) as f64;
-            let deviation = (pairs * p * p * (1.0 - p * p)).sqrt();
-            assert!(
-                (both - pairs * p * p).abs() < 4.0 * deviation + 1.0,
-                "p = {p}, {down} rows and {right} columns apart: {both}"
-            );
-        }
-    }
 }
 
 #[test]

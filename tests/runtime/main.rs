@@ -3,6 +3,7 @@
 mod adapter_folder;
 mod apply;
 mod config;
+mod dropout;
 mod golden;
 mod linear;
 mod llama;

@@ -244,17 +244,15 @@ impl<T: Real, P: Real> Inputs<T, P> {
         let a: Vec<f64> = self.a.iter().map(|v| v.to()).collect();
         let b: Vec<f64> = self.b.iter().map(|v| v.to()).collect();
         let s = f64::from(SCALING);
+        let width = |post: bool| if post { n } else { k };
         let factor = |post: bool, row: usize, col: usize| match case.dropout {
-            Some(d) if case.post == post => {
-                f64::from(d.factor(row as u64, col, if post { n } else { k }))
-            }
+            Some(d) if case.post == post => f64::from(d.factor(row as u64, col, width(post))),
             _ => 1.0,
         };
         let masked = |v: &[f64], post| {
-            let width = if post { n } else { k };
             v.iter()
                 .enumerate()
-                .map(|(i, v)| v * factor(post, i / width, i % width))
+                .map(|(i, v)| v * factor(post, i / width(post), i % width(post)))
                 .collect::<Vec<_>>()
         };
         let (dropped_xs, dropped_dys) = (masked(&xs, false), masked(&dys, true));
