@@ -93,7 +93,7 @@ impl Dropout {
     /// ```
     pub fn factor(&self, row: u64, column: usize, width: usize) -> f32 {
         let unit = row * width.div_ceil(128) as u64 + (column / 128) as u64;
-        let word = kept(self.mask, 4 * unit + (column / 2 % 4) as u64);
+        let word = kept_word(self.mask, 4 * unit + (column / 2 % 4) as u64);
         let bit = column / 8 % 16 + 16 * (column % 2);
         if word >> bit & 1 == 1 {
             self.mask.scale
@@ -110,8 +110,8 @@ impl Dropout {
     }
 }
 
-/// Word `number` of the mask, a bit an element.
-fn kept(mask: Mask, number: u64) -> u32 {
+/// Word `number` of the mask: 1 for what is kept.
+fn kept_word(mask: Mask, number: u64) -> u32 {
     let (lower, upper) = (philox(mask, 2 * number), philox(mask, 2 * number + 1));
     let tie = (0..4).fold(0, |tie, w| {
         tie ^ (lower[w] ^ upper[w]).rotate_left(8 * w as u32)

@@ -68,7 +68,7 @@ impl Teams {
         16 * self.row_tiles * self.team
     }
 
-    /// Teams of a block: as many as have room for two boxes of x and of `ranks` ranks each, and warps.
+    /// Teams of a block: as many as have room for two boxes of x and of `ranks` ranks each, in no more than [`WARPS`].
     fn splits(self, ranks: usize) -> usize {
         let boxes = 2 * 128 * (self.rows() + ranks);
         if 8 * boxes <= self.shared_bytes() && 8 * self.team <= WARPS {

@@ -208,8 +208,8 @@ __device__ __forceinline__ u64 first_word(u64 row, int col, int cols) { return 4
 
 // Word `number` of the mask: 1 for what is kept.
 __device__ __forceinline__ u32 kept_word(const Dropout& d, u64 number) {
-  // Two blocks are the bits, lowest first, of a byte an element. A byte that equals the threshold's, all 32 of them
-  // decide by `tie`.
+  // Two blocks are the bits, lowest first, of a byte an element. Of elements whose byte equals the threshold's, `tie`
+  // decides.
   Draws lower = philox(d, 2 * number), upper = philox(d, 2 * number + 1);
   u32 tie = 0;
 #pragma unroll
