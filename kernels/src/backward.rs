@@ -13,7 +13,7 @@ use crate::hopper::Fused;
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
-use crate::low::{Low, Made, Maker};
+use crate::low::{Low, Made};
 use crate::making::MOST_MADE;
 use crate::masking::Masking;
 use crate::pack::Source;
@@ -197,7 +197,7 @@ impl Kernels {
                             ranks: cols,
                             scale,
                             into: &mut ds,
-                            by: Maker::FirstTiles,
+                            mask: None,
                         })
                     } else {
                         given = Rows::packed(ds.as_view(), rows, cols);

@@ -12,12 +12,12 @@ use crate::hopper::Fused;
 use crate::kernels::Kernels;
 use crate::launch::Launcher;
 use crate::linear::{LoraLinear, Packed};
-use crate::low::{Low, Made, Maker};
+use crate::low::{Low, Made};
+use crate::making::MOST_MADE;
 use crate::masking::Masking;
 use crate::path::Path;
 use crate::rows::{Rows, padded_rank};
 use crate::skinny::{RowsMut, Scales};
-use crate::spare;
 
 /// What a forward returns.
 #[derive(Debug)]
@@ -71,20 +71,17 @@ impl Kernels {
         let path = linear.path(&launcher, Product::Forward, xs);
         let packed = linear.pack(&launcher, xs.rows, path != Path::Hopper)?;
         let pre = Dropout::at(linear.dropout, Place::Pre);
-        let by = match pre {
-            _ if path != Path::Hopper || Dropout::at(linear.dropout, Place::Post).is_some() => None,
-            None if launcher.makes_forward(xs, cols) => Some(Maker::FirstTiles),
-            Some(mask) if cols <= spare::MOST => Some(Maker::SpareClusters(mask)),
-            _ => None,
-        };
-        if let Some(by) = by {
+        let made = path == Path::Hopper
+            && Dropout::at(linear.dropout, Place::Post).is_none()
+            && cols <= MOST_MADE;
+        if made {
             packed.flags.forward(|flags| {
                 let made = Made {
                     down: &packed.a_rows(),
                     ranks: cols,
                     scale: linear.scaling,
                     into: &mut s,
-                    by,
+                    mask: pre,
                 };
                 launcher.hopper_output(xs, Low::Made(made), linear, &packed, flags, &mut ys)
             })?;

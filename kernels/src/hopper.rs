@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::gemm::Product;
 use crate::kernels::{Instance, Kernel};
 use crate::launch::{Grid, Launcher, arg};
-use crate::low::{Low, Maker, Tiling};
+use crate::low::{Low, Tiling};
 use crate::masking::Masking;
 use crate::path::{Path, Preference, Reason};
 use crate::rows::{Rows, padded_width};
@@ -122,7 +122,7 @@ impl Launcher<'_> {
         if rows == 0 {
             return Ok(Parts::default());
         }
-        let (rank, maker) = (q.ranks(), q.maker());
+        let (rank, down) = (q.ranks(), q.define());
         let has_side = side.is_some();
         let instance = |with_tail: bool| Instance {
             kernel: Kernel::Gemm,
@@ -132,7 +132,7 @@ impl Launcher<'_> {
                 ("BACKWARD", u32::from(!forward)),
                 ("DROPOUT", masking.define()),
                 ("RANK_STEPS", ((rank - 1) % DEPTH / 16 + 1) as u32),
-                ("DOWN", maker.map_or(0, Maker::define)),
+                ("DOWN", down),
                 ("SIDE", u32::from(has_side)),
                 ("TAIL", u32::from(with_tail)),
             ],
@@ -160,19 +160,14 @@ impl Launcher<'_> {
             spare: CLUSTER * (clusters - busy),
         };
         let whole = tiling(side::busy(tiles, clusters));
-        let tail = maker
-            .filter(|_| forward)
-            .and_then(|maker| self.tail(maker, (rows, depth), rank, whole));
+        let made = down > 0;
+        let tail = (made && forward).then(|| self.tail(depth, whole)).flatten();
         if tail.is_some() {
             function = self.kernels.function(instance(true), SHARED_BYTES)?;
         }
         let tiling = tail.map_or(whole, |_| tiling(clusters));
         let busy = tiling.busy;
-        let grid_clusters = if has_side || matches!(maker, Some(Maker::SpareClusters(_))) {
-            clusters
-        } else {
-            busy
-        };
+        let grid_clusters = if has_side { clusters } else { busy };
 
         let (input_at, _input) = input.data.device_ptr(self.stream);
         let (weight_at, _weight) = weight.device_ptr(self.stream);
@@ -191,7 +186,7 @@ impl Launcher<'_> {
         let (out_at, _out) = out.device_ptr_mut(self.stream);
         let out_map = map(out_at, rows, cols, cols, 16)?;
 
-        let low = self.low(q, input, depth, tiling)?;
+        let low = self.low(q, depth, tiling)?;
         let q_map = map(low.q_at, rows, rank, low.q_stride, 128)?;
         let down_map = low.down_map.unwrap_or(p_map);
 
@@ -215,7 +210,6 @@ impl Launcher<'_> {
             .map_or((SideArg::default(), [input_map; 2]), |beside| {
                 (beside.arg, beside.maps)
             });
-        let side0_map = low.input_map.unwrap_or(side_maps[0]);
         let tail_launch = self.tail_launch(tail, tiles)?;
         let flags = flags.map(|flags| flags.device_ptr_mut(self.stream));
         let flags_job = FlagsArg {
@@ -236,7 +230,7 @@ impl Launcher<'_> {
             arg(&p_map),
             arg(&out_map),
             arg(&down_map),
-            arg(&side0_map),
+            arg(&side_maps[0]),
             arg(&side_maps[1]),
             arg(&bias_at),
             arg(&rows),
@@ -253,7 +247,7 @@ impl Launcher<'_> {
         ];
         let grid = Grid {
             shared_bytes: SHARED_BYTES,
-            waits: low.awaited || tail.is_some(),
+            waits: made,
             ..Grid::new([(CLUSTER * grid_clusters) as u32, 1, 1], THREADS)
         };
         // SAFETY: arguments in the order of gemm.cu; the maps clip loads and stores to the matrices,

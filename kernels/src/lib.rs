@@ -129,7 +129,6 @@ mod shares;
 mod shrink_ring;
 mod side;
 mod skinny;
-mod spare;
 mod streams;
 mod sweep;
 mod tail;

@@ -17,21 +17,11 @@ const MAKING: f64 = 12.0;
 /// Microseconds until side work of all blocks is under way.
 const SIDE_START: f64 = 8.0;
 /// Microseconds of a pass besides the reading.
-const SHRINK_START: f64 = 5.0;
 const SWEEP_START: f64 = 8.0;
 /// Microseconds to draw the mask of a million elements: 8.5 for 8192x4096, measured on an H100.
 const DRAWING: f64 = 0.25;
 
 impl Launcher<'_> {
-    /// Whether S of `xs` costs less made by the product's first tiles than by a pass of its own.
-    pub fn makes_forward<T>(&self, xs: &Rows<T>, ranks: usize) -> bool {
-        if self.kernels.preference() == Preference::Hopper {
-            return ranks <= MOST_MADE;
-        }
-        let pass = SHRINK_START + micros(xs.rows, xs.cols) * (ranks as f64 / 16.0).sqrt();
-        self.makes_at_once(xs.rows) && ranks <= MOST_MADE && pass > MAKING
-    }
-
     /// Whether a cluster makes one tile of q at most. What several of them cost has not been measured.
     fn makes_at_once(&self, rows: usize) -> bool {
         rows.div_ceil(TILE) <= self.kernels.multiprocessors() / CLUSTER

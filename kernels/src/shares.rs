@@ -1,97 +1,181 @@
-//! How the first tiles of the Hopper kernel share the depth of the rank-sized product, as in down.cuh.
+//! How tiles of the Hopper kernel share the depth of the rank-sized product, as in down.cuh.
 
-/// Tiles of a row that share the depth of its rank-sized product: more would exchange too much.
+use crate::gemm::Product;
+use crate::hopper::{DEPTH, GROUP};
+use crate::low::Tiling;
+
+/// Tiles of a row that share the depth of its rank-sized product: more would exchange too much, and each adds up at least
+/// 16 of the 128 rows of a block.
 const MOST_SHARES: usize = 8;
-/// Input that stays in the L2 cache, in bytes.
-const CACHED: usize = 24 << 20;
-/// Steps of the depth until the adapter is packed, about 3 µs.
-pub(crate) const PACKING_STEPS: usize = 4;
-/// Steps of the depth that the exchange of the shares takes, about 5 µs.
-const EXCHANGE_STEPS: usize = 8;
+/// Steps of the depth until the adapter is packed, about 3 µs, or a tile before is stored.
+const DELAY_STEPS: usize = 4;
+/// Steps of the depth that the exchange of the shares takes, about 8 µs.
+const EXCHANGE_STEPS: usize = 12;
 
-/// Windows of the depth, `window` steps each, of `count` shares; each begins `delay` steps before its own.
+/// Windows of the depth, `window` steps each, of `count` shares. Windows are of whole words of a mask, two steps.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Shares {
     pub count: usize,
     pub window: usize,
+    /// Shares whose tiles begin with the depth; those of the others begin with the first window of theirs. So tiles of a
+    /// row read the input at two places, and all windows are done while the exchange has time.
+    pub early: usize,
+    /// Steps before, which are not their own.
     pub delay: usize,
+    /// Of the tiles that make them, the clusters take so many of every [`Self::stride`].
+    pub at_once: usize,
+    pub stride: usize,
+    /// The tile after the last of them.
+    pub end: usize,
 }
 
-/// As many shares as the clusters make in their first tiles; each begins `delay` steps before its own.
-pub(crate) fn shares(
-    clusters: usize,
-    (rows, cols): (usize, usize),
-    depth_blocks: usize,
-    input_bytes: usize,
-    delay: usize,
-) -> Shares {
-    let count = (clusters / rows)
-        .min(cols)
-        .min(depth_blocks)
-        .clamp(1, MOST_SHARES);
-    // A tile ends with windows that are not its own, which give the exchange time. Few windows interrupt
-    // it least, but then tiles of a row read the input at different times, which has to stay in the cache.
-    let most = if input_bytes <= CACHED {
-        1
-    } else {
-        depth_blocks / count
-    };
-    for rounds in (1..=most).rev() {
-        let window = depth_blocks.div_ceil(count * rounds);
-        let before_last = (count * rounds - 1) * window;
-        let idle =
-            (count.saturating_sub(2) * window + depth_blocks).saturating_sub(before_last + delay);
-        if count > 1 && before_last < depth_blocks && (idle >= EXCHANGE_STEPS || rounds == 1) {
-            let delay = delay.min((count - 1) * window / 2);
-            return Shares {
-                count,
-                window,
-                delay,
-            };
+impl Shares {
+    /// As many shares as a group of rows has tiles at once.
+    pub fn new(tiling: Tiling, depth: usize) -> Self {
+        let Tiling {
+            product,
+            rows,
+            cols,
+            busy,
+            ..
+        } = tiling;
+        let depth_blocks = depth.div_ceil(DEPTH);
+        // Backward, side work waits for all rows, which are made at once.
+        let at_once = match product {
+            Product::Forward => rows.min(GROUP),
+            Product::Backward => rows,
+        };
+        let most = (busy / at_once)
+            .min(cols)
+            .min(depth_blocks)
+            .clamp(1, MOST_SHARES);
+        let window = depth_blocks.div_ceil(most).next_multiple_of(2);
+        let count = depth_blocks.div_ceil(window);
+        let late = (DELAY_STEPS + EXCHANGE_STEPS)
+            .div_ceil(window)
+            .min(count / 2);
+        let early = count - late;
+        // The shares of a row are made at once, so that no cluster waits for one that others begin a tile later.
+        let at_once = busy / count * count;
+        let rounds = (rows * count - 1) / at_once;
+        let end = |stride: usize| rounds * stride + rows * count - rounds * at_once;
+        let stride = if end(busy) <= rows * cols {
+            busy
+        } else {
+            at_once
+        };
+        Self {
+            count,
+            window,
+            early,
+            delay: DELAY_STEPS.min(depth_blocks.saturating_sub(early * window)),
+            at_once,
+            stride,
+            end: end(stride),
         }
-    }
-    Shares {
-        count: 1,
-        window: depth_blocks,
-        delay: 0,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
+
+    /// The order of tiles, as in walk.cuh.
+    fn tile(shares: &Shares, (rows, cols): (usize, usize), index: usize) -> (usize, usize, bool) {
+        let before = |index: usize| {
+            let full = index / shares.stride * shares.at_once;
+            (full + shares.at_once.min(index % shares.stride)).min(shares.count * rows)
+        };
+        let number = before(index);
+        if before(index + 1) > number {
+            return (number / shares.count, number % shares.count, true);
+        }
+        let (rest, width) = (index - number, cols - shares.count);
+        let group = rest / (GROUP * width);
+        let height = GROUP.min(rows - group * GROUP);
+        let within = rest - group * GROUP * width;
+        (
+            group * GROUP + within % height,
+            shares.count + within / height,
+            false,
+        )
+    }
 
     #[test]
-    fn shares_cover_the_depth_and_end_early() {
-        for clusters in [57, 64, 66] {
-            for rows in [1, 8, 31, 32, 33, 200] {
-                for cols in [1, 2, 16] {
-                    for depth_blocks in [1, 2, 9, 64, 224] {
-                        for bytes in [1, 1 << 30] {
-                            let found = shares(clusters, (rows, cols), depth_blocks, bytes, 4);
-                            let Shares {
-                                count,
-                                window,
-                                delay,
-                            } = found;
-                            assert!((1..=cols).contains(&count), "{found:?}");
-                            assert!(count == 1 || count * rows <= clusters, "{found:?}");
-                            // Every share has a window, and begins outside of its own.
-                            assert!((count - 1) * window < depth_blocks, "{found:?}");
-                            assert!(delay <= (count - 1) * window, "{found:?}");
+    fn every_tile_is_taken_once_and_shares_cover_the_depth_and_end_early() {
+        for busy in [1, 3, 57, 64, 66] {
+            for rows in [1, 7, 8, 9, 31, 32, 33, 100] {
+                for cols in [1, 2, 8, 9, 16] {
+                    for depth_blocks in [1, 2, 9, 32, 64, 224] {
+                        let tiling = Tiling {
+                            product: Product::Forward,
+                            rows,
+                            cols,
+                            busy,
+                            spare: 0,
+                        };
+                        let shares = Shares::new(tiling, depth_blocks * DEPTH);
+                        let found = format!("{tiling:?} {depth_blocks} {shares:?}");
+                        let Shares {
+                            count,
+                            window,
+                            early,
+                            delay,
+                            ..
+                        } = shares;
+                        assert!((1..=cols).contains(&count), "{found}");
+                        assert!((count - 1) * window < depth_blocks, "{found}");
+                        assert!(depth_blocks <= count * window, "{found}");
+                        // The last steps are not a tile's own.
+                        for share in 0..count {
+                            let start = if share < early { 0 } else { early * window };
+                            let end = (share * window + window).min(depth_blocks);
+                            assert!(delay + end - start <= depth_blocks, "{found}");
+                        }
+                        let taken: Vec<_> = (0..rows * cols)
+                            .map(|index| tile(&shares, (rows, cols), index))
+                            .collect();
+                        let places: HashSet<_> =
+                            taken.iter().map(|&(row, col, _)| (row, col)).collect();
+                        assert_eq!(places.len(), rows * cols, "{found}");
+                        assert!(taken.iter().all(|t| t.0 < rows && t.1 < cols), "{found}");
+                        // No cluster waits for a share that it, or one that waits for it, has still to make.
+                        let making: Vec<_> = (0..taken.len()).filter(|&i| taken[i].2).collect();
+                        assert_eq!(making.last().map(|last| last + 1), Some(shares.end));
+                        for row in making.chunks(count) {
+                            assert!(row.windows(2).all(|i| i[0] + 1 == i[1]), "{found}");
+                            assert!(count <= busy, "{found}");
                         }
                     }
                 }
             }
         }
-        let (count, window, delay) = (2, 16, 4);
-        assert_eq!(
-            shares(64, (32, 16), 64, 64 << 20, 4),
-            Shares {
-                count,
-                window,
-                delay
-            }
-        );
+    }
+
+    #[test]
+    fn windows_of_the_measured_shapes() {
+        let of = |rows, cols, depth| {
+            let tiling = Tiling {
+                product: Product::Forward,
+                rows,
+                cols,
+                busy: 64,
+                spare: 4,
+            };
+            let shares = Shares::new(tiling, depth);
+            [
+                shares.count,
+                shares.window,
+                shares.early,
+                shares.at_once,
+                shares.end,
+            ]
+        };
+        assert_eq!(of(32, 16, 4096), [8, 8, 6, 64, 256]);
+        assert_eq!(of(32, 8, 2048), [8, 4, 4, 64, 256]);
+        assert_eq!(of(32, 16, 14336), [8, 28, 7, 64, 256]);
+        assert_eq!(of(8, 16, 4096), [8, 8, 6, 64, 64]);
+        assert_eq!(of(32, 1, 4096), [1, 64, 1, 64, 32]);
     }
 }

@@ -5,9 +5,9 @@ use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use crate::error::Result;
 use crate::hopper::{CLUSTER, DEPTH, STEP_MICROS, TILE};
 use crate::launch::Launcher;
-use crate::low::{Maker, Tiling};
+use crate::low::Tiling;
 use crate::path::Preference;
-use crate::spare;
+use crate::shares::Shares;
 
 /// Warps of a cluster, and floats of the sums of one.
 const WARPS: usize = CLUSTER * 8;
@@ -56,25 +56,19 @@ pub(crate) struct TailLaunch {
 }
 
 impl Launcher<'_> {
-    /// The tail of a forward over `[rows, depth]` that `maker` makes S of, instead of the `whole` tiles.
-    pub fn tail(
-        &self,
-        maker: Maker,
-        (rows, depth): (usize, usize),
-        ranks: usize,
-        whole: Tiling,
-    ) -> Option<Tail> {
+    /// The tail of a forward over `depth` that makes S, instead of the `whole` tiles.
+    pub fn tail(&self, depth: usize, whole: Tiling) -> Option<Tail> {
         let clusters = whole.busy + whole.spare / CLUSTER;
         let tail = Tail::new(whole.rows * whole.cols, clusters, depth)?;
-        let worth = match maker {
-            // Small layers take this way too.
-            Maker::FirstTiles if self.kernels.preference() == Preference::Hopper => true,
-            Maker::FirstTiles => tail.saves(depth) > 0.0,
-            // There are no clusters then that make rows of S.
-            Maker::SpareClusters(_) => {
-                tail.saves(depth) > spare::saves((rows, depth), ranks, whole)
-            }
+        // Small layers take this way too.
+        let worth = self.kernels.preference() == Preference::Hopper || tail.saves(depth) > 0.0;
+        // Those that make S are whole.
+        let all = Tiling {
+            busy: clusters,
+            spare: 0,
+            ..whole
         };
+        let worth = worth && Shares::new(all, depth).end <= tail.first;
         worth.then_some(tail)
     }
 

@@ -8,70 +8,70 @@
 struct Down {
   T* q;            // [rows, rank]
   float* partial;  // [shares, whole clusters of rows, rank]
-  int shares, window, delay;
+  int shares, window, early, delay;
+  int at_once, stride;  // of the tiles that make q, see walk.cuh
   float scale;
-  int first_row;  // that the clusters without tiles make; a multiple of 128, or all rows
 };
 
-#if DOWN == 1
+#if DOWN
 constexpr int RANK = 16 * RANK_STEPS, DOWN_BYTES = RANK * TILE_DEPTH * 2;
 
 // Which steps of the depth are a tile's own, and in which order it takes all of them.
 struct Share {
-  int index, shares, window, start;
-  __device__ __forceinline__ Share(const Down& down, int index, int depth_blocks) : index(index), shares(down.shares), window(down.window) {
-    start = index * window - down.delay;
-    if (start < 0) start += depth_blocks;
+  int index, delay, start, own, steps;  // its own are `steps` steps from `own` on, taken after `delay` others from `start` on
+  __device__ __forceinline__ Share(const Down& down, int index, int depth_blocks) : index(index), delay(down.delay) {
+    own = index * down.window, steps = min(down.window, depth_blocks - own);
+    start = index < down.early ? 0 : down.early * down.window;
+    if ((start -= delay) < 0) start += depth_blocks;
   }
-  __device__ __forceinline__ bool owns(int k) const { return k / window % shares == index; }
-  // Steps from k on that are alike: its own, or not.
-  __device__ __forceinline__ int run(int k, int depth_blocks) const {
-    int turn = k / window % shares, windows = turn == index ? 1 : (index - turn + shares) % shares;
-    return min(windows * window - k % window, depth_blocks - k);
-  }
-  // How many steps are its own.
-  __device__ __forceinline__ int steps(int depth_blocks) const {
-    int windows = (depth_blocks + window - 1) / window, own = (windows - index + shares - 1) / shares;
-    return own * window - ((windows - 1) % shares == index ? windows * window - depth_blocks : 0);
-  }
+  __device__ __forceinline__ bool owns(int k) const { return k >= own && k < own + steps; }
 };
 
+// Where the sums of a share for a row are.
+__device__ __forceinline__ float* sums_at(const Down& down, const Flags& flags, int share, int row) {
+  return down.partial + ((i64)share * flags.cluster_rows * CLUSTER * TILE_ROWS + row) * RANK;
+}
+
 // Gives away a warp's sums for 16 rows from `row0` on.
-__device__ __forceinline__ void finish_down(float (&acc)[2 * RANK_STEPS][4], const Down& down, const Flags& flags, int share, int row0, int rows, int lane) {
-  int g = lane >> 2, t = lane & 3;
-  if (down.shares > 1) {
-    i64 each = (i64)flags.cluster_rows * CLUSTER * TILE_ROWS * RANK;
-    float* part = down.partial + (i64)(row0 + g) * RANK + 2 * t;
-#pragma unroll
-    for (int n = 0; n < 2 * RANK_STEPS; ++n)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        __stcg(reinterpret_cast<float2*>(part + share * each + h * 8 * RANK + n * 8), make_float2(acc[n][2 * h], acc[n][2 * h + 1]));
-    __syncwarp();
-    u32 before = lane == 0 ? count_up(flags.parts(row0)) : 0;
-    if (__shfl_sync(0xffffffffu, before, 0) + 1 < down.shares) return;
-#pragma unroll
-    for (int n = 0; n < 2 * RANK_STEPS; ++n)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) acc[n][c] = 0.f;
-    for (int other = 0; other < down.shares; ++other)
-#pragma unroll
-      for (int n = 0; n < 2 * RANK_STEPS; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float2 v = __ldcg(reinterpret_cast<const float2*>(part + other * each + h * 8 * RANK + n * 8));
-          acc[n][2 * h] += v.x, acc[n][2 * h + 1] += v.y;
-        }
-  }
+__device__ __forceinline__ void give_share(const float (&sums)[2 * RANK_STEPS][4], const Down& down, const Flags& flags, int share, int row0, int lane) {
+  float* to = sums_at(down, flags, share, row0 + (lane >> 2)) + 2 * (lane & 3);
 #pragma unroll
   for (int n = 0; n < 2 * RANK_STEPS; ++n)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      int row = row0 + h * 8 + g;
-      if (row < rows) *reinterpret_cast<u32*>(down.q + (i64)row * RANK + n * 8 + 2 * t) = pack_halves(down.scale * acc[n][2 * h], down.scale * acc[n][2 * h + 1]);
-    }
-  fence_copies();
+    for (int h = 0; h < 2; ++h) __stcg(reinterpret_cast<float2*>(to + h * 8 * RANK + n * 8), make_float2(sums[n][2 * h], sums[n][2 * h + 1]));
   __syncwarp();
-  if (lane == 0) count_up(flags.ready(row0));
+}
+
+// Adds up this share's sixteens of a block's rows when all shares of them are there, in `room`. By a warp that does not
+// multiply. `come` is a barrier of it, with its parity.
+__device__ __forceinline__ void add_shares(const Down& down, float scale, const Flags& flags, int share, int row0, int rows, unsigned char* room, u32 come, u32& parity, int lane) {
+  constexpr int SUMS = 16 * RANK, BYTES = SUMS * 4;
+  if (lane == 0) {
+    count_up(flags.parts(row0));
+    await_count(flags.parts(row0), down.shares);
+    fence_copies();
+  }
+  for (int sixteen = share; sixteen < TILE_ROWS / 16; sixteen += down.shares, parity ^= 1) {
+    int first = row0 + sixteen * 16;
+    if (lane == 0) {
+      barrier_expect(come, down.shares * BYTES);
+      for (int other = 0; other < down.shares; ++other) load_bytes(shared_address(room) + other * BYTES, sums_at(down, flags, other, first), BYTES, come);
+    }
+    barrier_wait(come, parity);
+#pragma unroll 1
+    for (int at = lane * 4; at < SUMS; at += 128) {
+      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 2
+      for (int other = 0; other < down.shares; ++other) {
+        float4 v = reinterpret_cast<const float4*>(room)[(other * SUMS + at) / 4];
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      }
+      if (first + at / RANK < rows)
+        *reinterpret_cast<uint2*>(down.q + (i64)first * RANK + at) = make_uint2(pack_halves(scale * sum.x, scale * sum.y), pack_halves(scale * sum.z, scale * sum.w));
+    }
+    fence_copies();
+    __syncwarp();
+    if (lane == 0) count_up(flags.ready(row0));
+  }
 }
 #endif

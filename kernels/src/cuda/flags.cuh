@@ -3,7 +3,6 @@
 // Counts behind what this thread wrote and saw written, and sees what others wrote before they did.
 __device__ __forceinline__ u32 count_up(u32* flag, u32 by = 1) {
   u32 old;
-  __threadfence();
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(flag), "r"(by) : "memory");
   return old;
 }

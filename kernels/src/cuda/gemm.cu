@@ -18,30 +18,6 @@
 // TAIL: the tiles that are left after whole waves are made by several clusters each (tail.cuh).
 // SIDE: gradients of the adapter are made beside (side.cuh).
 
-// ---- tiles ---------------------------------------------------------------------------------
-struct Tile {
-  int row, col;  // of this block's part
-};
-
-// The first `shares` columns of clusters, row by row; then groups of GROUP cluster rows, within a
-// group down the rows, then on to the next columns. With DOWN 2, few rows are two groups, so that the later half of q has
-// more time.
-__device__ __forceinline__ Tile tile_at(int index, int cluster_rows, int cluster_cols, int shares, int block) {
-  int row, col;
-  if (index < shares * cluster_rows) {
-    row = index / shares;
-    col = index % shares;
-  } else {
-    index -= shares * cluster_rows;
-    int cols = cluster_cols - shares, most = DOWN == 2 && cluster_rows <= GROUP ? GROUP / 2 : GROUP;
-    int group = index / (most * cols), first = group * most;
-    int height = min(most, cluster_rows - first), within = index - first * cols;
-    row = first + within % height;
-    col = shares + within / height;
-  }
-  return {(row * CLUSTER + block) * TILE_ROWS, col * TILE_COLS};
-}
-
 // A place in the ring of stages.
 struct Ring {
   int stage = 0;
@@ -66,19 +42,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const u32* kept,  // DROPOUT 2: bits of [rows, cols]
     Flags flags, const __grid_constant__ Down down, const __grid_constant__ Side side, const __grid_constant__ Tail tail) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
+  __shared__ __align__(8) u64 barriers[2 * STAGES + 3];
   u32 stages = shared_address(shared), stores = stages + STAGES * STAGE_BYTES;
-  u32 full = shared_address(barriers), empty = full + STAGES * 8, drained = empty + STAGES * 8;
+  u32 full = shared_address(barriers), empty = full + STAGES * 8, drained = empty + STAGES * 8, given = drained + 8, come = given + 8;
 
   u32 block;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
   int cluster = blockIdx.x / CLUSTER;
-#if DOWN == 2
-  int spare = gridDim.x / CLUSTER - busy;
-  cluster -= spare;  // those that others wait for come first
-#endif
-  int cluster_rows = (rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS), cluster_cols = (cols + TILE_COLS - 1) / TILE_COLS;
-  int tiles = cluster >= 0 && cluster < busy ? cluster_rows * cluster_cols : 0;
+  Walk walk = {(rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS), (cols + TILE_COLS - 1) / TILE_COLS, down.shares, down.at_once, down.stride};
+  int tiles = cluster < busy ? walk.rows * walk.cols : 0;
   int depth_blocks = (depth + TILE_DEPTH - 1) / TILE_DEPTH, rank_blocks = (rank + TILE_DEPTH - 1) / TILE_DEPTH;
   // The last block of the rank is the remainder; those before it are further depth.
   int full_blocks = depth_blocks + rank_blocks - 1;
@@ -87,16 +59,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #else
   int whole = tiles, pieces = tiles;
 #endif
-  int shares = DOWN == 1 ? down.shares : 0;
   int warpgroup = threadIdx.x / 128;
 
-  if (threadIdx.x == 32) prefetch_map(input_map), prefetch_map(weight_map), prefetch_map(DOWN == 1 ? down_map : q_map), prefetch_map(p_map);
+  if (threadIdx.x == 32) prefetch_map(input_map), prefetch_map(weight_map), prefetch_map(DOWN ? down_map : q_map), prefetch_map(p_map);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, 2 * CLUSTER);  // both math warpgroups of both blocks
     }
-    barrier_init(drained, 8);  // math warps
+    barrier_init(drained, 8), barrier_init(given, 8);  // math warps
+    barrier_init(come, 1);
   }
 #if SIDE
   __shared__ __align__(8) u64 side_barriers[SIDE_WARPS * SIDE_STAGES + 1];
@@ -105,12 +77,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
   if (threadIdx.x < 32) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   cluster_arrive_early(), cluster_wait();
-#if DOWN == 2
-  if (tiles == 0) {
-    make_rows(side0_map, down_map, down, flags, dropout, rows, depth, blockIdx.x, spare * CLUSTER, shared);
-    return;
-  }
-#endif
 
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
@@ -125,34 +91,26 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         start_next();
         awaited = true;
       };
-#if DOWN == 1
+#if DOWN
       u32 making_parity = 0;
       if (BACKWARD) await_once();  // the input may be what that kernel writes; forward, packing was between
 #endif
       for (int index = cluster; index < pieces; index += busy) {
         Piece piece = piece_at(tail, index, depth_blocks);
-        Tile tile = tile_at(piece.tile, cluster_rows, cluster_cols, shares, block);
+        Tile tile = walk.at(piece.tile, block);
         int k = piece.from, turns = piece.to < depth_blocks ? piece.to : depth_blocks + rank_blocks;
-        bool making = DOWN == 1 && index < shares * cluster_rows;
-#if DOWN == 1
-        Share share(down, making ? index % shares : 0, depth_blocks);
-        if (making) {
-          k = share.start;
-          barrier_wait(drained, making_parity);
-          making_parity ^= 1;
-        }
+        bool making = DOWN && walk.makes(index);
+#if DOWN
+        Share share(down, making ? tile.col / TILE_COLS : 0, depth_blocks);
+        if (making) k = share.start;
+        bool has_room = false;  // for `down`, where the tile before was stored from
 #endif
         for (int turn = piece.from; turn < turns; ++turn, ring.next()) {
           bool low = DROPOUT == 2 && !making ? turn == 0 : turn >= depth_blocks;
           u32 bar = full + 8 * ring.stage, dst = stages + ring.stage * STAGE_BYTES;
           u32 bytes = STAGE_BYTES;
           if (low) await_once();
-#if DOWN == 2
-          if (low && tile.row >= down.first_row && tile.row < rows) {
-            await_count(flags.ready(tile.row), READY);
-            fence_copies();
-          }
-#elif DOWN == 1
+#if DOWN
           bool owned = making && !low && share.owns(k);
           if (owned) bytes += DOWN_BYTES;
           if (low) {
@@ -174,9 +132,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #else
           load_box_for_cluster(dst, right, at, tile.col + block * 128, bar);
 #endif
-#if DOWN == 1
+#if DOWN
           if (owned) {
             await_once();
+            if (!has_room) barrier_wait(drained, making_parity), making_parity ^= 1, has_room = true;
             load_box(stores + ring.stage * DOWN_BYTES, down_map, at, 0, bar);
           }
 #endif
@@ -184,6 +143,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
       }
     }
+#if DOWN
+    else if (threadIdx.x / 32 == 1) {
+      u32 parity = 0, sums_parity = 0;
+      for (int index = cluster; index < tiles && walk.makes(index); index += busy, parity ^= 1) {
+        Tile tile = walk.at(index, block);
+        barrier_wait(given, parity);
+        // The tile before has been stored, and what makes q been read.
+        add_shares(down, DOWN == 2 ? down.scale * dropout.scale : down.scale, flags, tile.col / TILE_COLS, tile.row, rows, shared + STAGES * STAGE_BYTES, come, sums_parity, threadIdx.x & 31);
+      }
+    }
+#endif
 #if SIDE && !DOWN
     // The other warps have the time.
     if (threadIdx.x >= 32) {
@@ -238,7 +208,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     Keep keep;  // of the tile
 #endif
     auto begin = [&](int index) {
-      tile = tile_at(index, cluster_rows, cluster_cols, shares, block);
+      tile = walk.at(index, block);
       row0 = tile.row + math * 64 + warp * 16;
 #if DROPOUT == 1
       first = first_word(row0 + (lane >> 2), tile.col, cols) + (lane & 3);
@@ -307,13 +277,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     };
 
     int index = cluster;
-#if DOWN == 1
-    for (; index < min(tiles, shares * cluster_rows); index += busy) {
-      stored();  // its buffers are for what makes q
-      if (lane == 0) barrier_arrive(drained);
+#if DOWN
+    for (; index < tiles && walk.makes(index); index += busy) {
       begin(index);
-      Share share(down, index % shares, depth_blocks);
-      float low[2 * RANK_STEPS][4];
+      Share share(down, tile.col / TILE_COLS, depth_blocks);
+      float low[2 * RANK_STEPS][4] = {};
       bool flying = false;
       auto begin_step = [&](int turn) {
         int stage = ring.stage;
@@ -324,55 +292,91 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         ring.next();
         return stage;
       };
-      int own_left = share.steps(depth_blocks);
-      bool added = false;
-      auto add_to_low = [&](int stage) {
-        u64 input = descriptor(stages + stage * STAGE_BYTES + math * (INPUT_BYTES / 2), 16), factor = descriptor(stores + stage * DOWN_BYTES, 16);
+      auto end_step = [&](int stage) {
+        wgmma_wait<1>();
+        if (flying) release(previous);
+        flying = true;
+        previous = stage;
+      };
+      int turn = 0, before = share.own - share.start;
+      if (before < 0) before += depth_blocks;
+      for (; turn < share.delay / 2; ++turn) {
+        int stage = begin_step(turn);
+        if (waiting) {
+          if (turn == 0) store_half(0);
+          if (turn == 1) store_half(1), waiting = false;
+        }
+        end_step(stage);
+      }
+      stored();  // its buffers are for what makes q
+      if (lane == 0) barrier_arrive(drained);
+#if DOWN == 2
+      // Words of rows g and g + 8 for 128 columns, two steps: of those that are multiplied, and of the next.
+      u32 kept[2], drawn[2];
+#endif
+      // Draws word `i` of its own: the two of a pair of steps are drawn during the two steps before.
+      auto draw = [&](int i) {
+#if DOWN == 2
+        drawn[0] = drawn[1];
+        drawn[1] = kept_word(dropout, first_word(row0 + (lane >> 2) + i % 2 * 8, (share.own + i) * TILE_DEPTH, depth) + (lane & 3));
+#endif
+      };
+      auto add_to_low = [&](int stage, int i) {
+        u32 input = stages + stage * STAGE_BYTES + math * (INPUT_BYTES / 2);
+        u64 factor = descriptor(stores + stage * DOWN_BYTES, 16);
+#if DOWN == 2
+#pragma unroll
+        for (int h = 0; h < 2; ++h) kept[h] = i % 2 == 0 ? drawn[h] : kept[h] >> 8;
+        u32 x[TILE_DEPTH / 16][4];
+#pragma unroll
+        for (int step = 0; step < TILE_DEPTH / 16; ++step) {
+          ldmatrix(x[step], swizzled(input + warp * 16 * 128, lane & 15, 2 * step + (lane >> 4)));
+#pragma unroll
+          for (int r = 0; r < 4; ++r) x[step][r] = drop_halves(x[step][r], kept[r % 2], 2 * step + r / 2);
+        }
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma_narrow(low, input + step * DEPTH_STEP, factor + step * DEPTH_STEP, added || step > 0);
-        added = true;
+        for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma_narrow<false>(low, x[step], factor + step * DEPTH_STEP);
+#else
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma_narrow(low, descriptor(input, 16) + step * DEPTH_STEP, factor + step * DEPTH_STEP, 1);
+#endif
       };
       // The rest of a step of its own, whose base product has begun; begins the step after it.
-      auto own_step = [&](auto is_last, int stage, int turn) {
+      auto own_step = [&](auto is_last, int stage, int i) {
         int next = stage;
-        add_to_low(stage);
+        add_to_low(stage, i);
         wgmma_commit();
         if constexpr (decltype(is_last)::value) {
           wgmma_wait<0>();
         } else {
-          next = begin_step(turn + 1);
+          next = begin_step(turn + i + 1);
+          if (i + 2 < (share.steps + 1) / 2 * 2) draw(i + 2);
           wgmma_wait<1>();
         }
         release(stage);
         return next;
       };
-      for (int turn = 0, k = share.start; turn < depth_blocks;) {
-        int count = min(share.run(k, depth_blocks), depth_blocks - turn);
-        if (share.owns(k)) {
-          int stage = begin_step(turn);
-          if (flying) {
-            wgmma_wait<1>();
-            release(previous);
-          }
-          for (int i = 0; i < count - 1; ++i) stage = own_step(No{}, stage, turn + i);
-          // The sums of q must be plain registers where the tile does not add to them.
-          own_step(Yes{}, stage, turn + count - 1);
-          flying = false;
-          own_left -= count;
-          if (own_left == 0) finish_down(low, down, flags, share.index, row0, rows, lane);
-        } else {
-          for (int i = 0; i < count; ++i) {
-            int stage = begin_step(turn + i);
-            wgmma_wait<1>();
-            if (flying) release(previous);
-            flying = true;
-            previous = stage;
-          }
-        }
-        turn += count;
-        if ((k += count) == depth_blocks) k = 0;
+      for (int i = 0; i < 2 - (before - turn); ++i) draw(i);
+      for (; turn < before; ++turn) {
+        int stage = begin_step(turn);
+        if (turn >= before - 2) draw(turn - before + 2);
+        end_step(stage);
       }
+      int stage = begin_step(turn);
+      if (flying) {
+        wgmma_wait<1>();
+        release(previous);
+      }
+      for (int i = 0; i < share.steps - 1; ++i) stage = own_step(No{}, stage, i);
+      // The sums of q must be plain registers where the tile does not add to them.
+      own_step(Yes{}, stage, share.steps - 1);
+      flying = false;
+      turn += share.steps;
+      give_share(low, down, flags, share.index, row0, lane);
+      if (lane == 0) barrier_arrive(given);
+      for (; turn < depth_blocks; ++turn) end_step(begin_step(turn));
       wgmma_wait<0>();
       if (flying) release(previous);
 #if DROPOUT == 2
@@ -409,7 +413,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         if (k >= 2 && k < DRAWS + 2) keep.draw(dropout, first, k - 2, rows8);
 #elif DROPOUT == 2
         if (k == full_blocks / 2 && index + busy < tiles) {
-          Tile next = tile_at(index + busy, cluster_rows, cluster_cols, shares, block);
+          Tile next = walk.at(index + busy, block);
           keep.load(kept, next.row + math * 64 + warp * 16, rows, next.col, cols, lane);
           loaded = true;
         }

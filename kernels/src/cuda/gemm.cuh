@@ -8,7 +8,7 @@ constexpr int INPUT_BYTES = TILE_ROWS * TILE_DEPTH * 2, WEIGHT_BYTES = TILE_COLS
 constexpr int STAGE_BYTES = INPUT_BYTES + WEIGHT_BYTES;
 constexpr int STORE_BYTES = 16 * 64 * 2;  // a store box: 16 rows of 128 bytes
 constexpr int THREADS = 384, SHARED_BYTES = STAGES * STAGE_BYTES + 8 * 2 * STORE_BYTES;  // as in hopper.rs
-constexpr int LOADER_REGISTERS = DOWN && RANK_STEPS == 4 ? 24 : 40, MATH_REGISTERS = LOADER_REGISTERS == 24 ? 240 : 232;
+constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
 
 // ---- copies within a cluster -----------------------------------------------------------------
 __device__ __forceinline__ void load_box_for_cluster(u32 dst, const TensorMap& map, int col, int row, u32 bar) {

@@ -73,8 +73,8 @@ __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, 
                "r"(bar)
                : "memory");
 }
-// Orders plain accesses of this thread, and those it has synchronized with, and copies by the engine.
-__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Orders plain accesses of this thread to the card's memory, and those it has synchronized with, and copies by the engine.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(); }
