@@ -24,7 +24,7 @@ impl Flags {
     pub fn new<T: Element>(launcher: &Launcher, rows: usize) -> Result<Self> {
         let used = launcher.kernels.arch() == "sm_90a" && T::DTYPE != DType::F32 && rows > 0;
         let clusters = launcher.kernels.multiprocessors() / CLUSTER;
-        let each = 1 + 18 * rows.div_ceil(TILE) + tail::words(clusters);
+        let each = 1 + 4 * rows.div_ceil(TILE) + tail::words(clusters);
         let words = used
             .then(|| launcher.alloc("flags", 2 * each))
             .transpose()?;

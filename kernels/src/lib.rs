@@ -29,10 +29,10 @@
 //! [`Kernels::forward_path`] and [`Kernels::backward_path`] tell which one a layer takes, and why not
 //! the faster one.
 //! - **Hopper** (compute capability 9.0): one persistent kernel (TMA and wgmma) makes the base product,
-//!   adds bias and the adapter's part in the f32 sums and rounds once. `S` and `dS` are made either by that
-//!   kernel's first tiles, from the input that they read anyway, or in a pass before it, whichever is expected
-//!   to cost less. A masked `S` takes the pass (up to rank 64, only for the rows that tiles need first:
-//!   multiprocessors without tiles make the others meanwhile), and so does `dS` with dropout on the output.
+//!   adds bias and the adapter's part in the f32 sums and rounds once. Up to rank 64 `S` is made by that
+//!   kernel's tiles, from the input that they read anyway and with its mask if there is one: the first tiles of a row
+//!   take a share of the depth each. `dS` is made so, or in a pass before it, whichever is expected to cost less.
+//!   Larger ranks, and both with dropout on the output, take the pass.
 //!   Forward, a few tiles that would be left for a last wave are made by two or four times as many multiprocessors, a
 //!   part of the depth each.
 //!   In backward the pass reads `dY` for `dS` and `dB`, and then what nobody would have time for of `x`, for

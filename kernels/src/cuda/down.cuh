@@ -1,10 +1,11 @@
-// Hopper: q = scale * input · downᵀ, made by the tiles that are first to read the input.
+// Hopper: q = scale * D(input) · downᵀ, made by the tiles that are the first of their rows to read the input.
 //
-// The first tiles are those of the first `shares` columns of clusters. Such a tile adds up q over its
-// share of the depth, in windows of `window` steps of 64: window w belongs to tile w % shares, which
-// starts to multiply `delay` steps before the first of its own: by then `down` is there, and q is before
-// any tile needs it. The sums of the shares meet in memory; the last warp to arrive adds them, always in
-// the same order. Options: DOWN 1 = on, 2 = see spare.cuh; RANK_STEPS 1, 2 or 4.
+// Those are the tiles of the first `shares` columns of clusters. Such a tile adds up q over its share of the depth, `window`
+// steps of 64, beside its own product. It begins `delay` steps before, so that `down` is there and the tile before is stored;
+// the first `early` shares begin with the depth and come to theirs in turn, the others with the first window of the others. So
+// tiles of a row read the input at two places at most, and all shares are there long before the tiles end. A warp that does
+// not multiply gives a block's share away; when all are there, it adds up some of the rows, always in the same order.
+// Options: DOWN 1 = on, 2 = of a masked input; RANK_STEPS 1, 2 or 4.
 struct Down {
   T* q;            // [rows, rank]
   float* partial;  // [shares, whole clusters of rows, rank]
@@ -18,10 +19,11 @@ constexpr int RANK = 16 * RANK_STEPS, DOWN_BYTES = RANK * TILE_DEPTH * 2;
 
 // Which steps of the depth are a tile's own, and in which order it takes all of them.
 struct Share {
-  int index, delay, start, own, steps;  // its own are `steps` steps from `own` on, taken after `delay` others from `start` on
+  int index, delay, start, own, steps, before;  // from `start` on `before` steps, then `steps` of its own, from `own` on
   __device__ __forceinline__ Share(const Down& down, int index, int depth_blocks) : index(index), delay(down.delay) {
     own = index * down.window, steps = min(down.window, depth_blocks - own);
     start = index < down.early ? 0 : down.early * down.window;
+    before = own - start + delay;
     if ((start -= delay) < 0) start += depth_blocks;
   }
   __device__ __forceinline__ bool owns(int k) const { return k >= own && k < own + steps; }
@@ -47,8 +49,8 @@ __device__ __forceinline__ void give_share(const float (&sums)[2 * RANK_STEPS][4
 __device__ __forceinline__ void add_shares(const Down& down, float scale, const Flags& flags, int share, int row0, int rows, unsigned char* room, u32 come, u32& parity, int lane) {
   constexpr int SUMS = 16 * RANK, BYTES = SUMS * 4;
   if (lane == 0) {
-    count_up(flags.parts(row0));
-    await_count(flags.parts(row0), down.shares);
+    count_up(flags.shares(row0));
+    await_count(flags.shares(row0), down.shares);
     fence_copies();
   }
   for (int sixteen = share; sixteen < TILE_ROWS / 16; sixteen += down.shares, parity ^= 1) {

@@ -20,11 +20,11 @@ struct Flags {
   int cluster_rows;
   // Next unit of side work.
   __device__ __forceinline__ u32* unit() const { return words; }
-  // Parts of q that are there, for every 16 rows.
-  __device__ __forceinline__ u32* parts(int row) const { return words + 1 + row / 16; }
+  // Shares of q that are there, for every 128 rows.
+  __device__ __forceinline__ u32* shares(int row) const { return words + 1 + row / 128; }
   // Sixteens of rows of q that are there, for every 128 rows.
-  __device__ __forceinline__ u32* ready(int row) const { return words + 1 + cluster_rows * 16 + row / 128; }
+  __device__ __forceinline__ u32* ready(int row) const { return words + 1 + cluster_rows * 2 + row / 128; }
   // Parts of the sums of a tile that are there, for every warp of a cluster.
-  __device__ __forceinline__ u32* given(int tile, int warp) const { return words + 1 + cluster_rows * 18 + tile * CLUSTER_WARPS + warp; }
+  __device__ __forceinline__ u32* given(int tile, int warp) const { return words + 1 + cluster_rows * 4 + tile * CLUSTER_WARPS + warp; }
 };
-constexpr int READY = 8;  // warps of 16 rows
+constexpr int READY = 8;  // sixteens

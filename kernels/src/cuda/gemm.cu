@@ -13,8 +13,8 @@
 // make q, it comes last, by mma.sync into fresh registers. Options: DTYPE 1 or 2, BACKWARD, DROPOUT (rank at most 64),
 // RANK_STEPS = the rank's last 1 to 4 steps of 16.
 //
-// DOWN 1 (DROPOUT 0 or 2): q is not given, the first tiles make it from the input that they read anyway (down.cuh).
-// DOWN 2 (forward): the clusters without tiles make the later rows of it, from the input under `dropout` (spare.cuh).
+// DOWN 1 (DROPOUT 0 or 2): q is not given, the first tiles of all rows make it from the input that they read anyway
+// (down.cuh). DOWN 2 (forward, DROPOUT 0): the same of the input under `dropout`.
 // TAIL: the tiles that are left after whole waves are made by several clusters each (tail.cuh).
 // SIDE: gradients of the adapter are made beside (side.cuh).
 
@@ -34,7 +34,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const __grid_constant__ TensorMap p_map,       // as weight_map
     const __grid_constant__ TensorMap out_map,     // [rows, cols], box 64 x 16
     const __grid_constant__ TensorMap down_map,    // DOWN: [rank, depth], box 64 x rank
-    const __grid_constant__ TensorMap side0_map,   // z of the first side product, box 64 x 32; DOWN 2: the input, 64 x 64
+    const __grid_constant__ TensorMap side0_map,   // z of the first side product, box 64 x 32
     const __grid_constant__ TensorMap side1_map,   // and of the second
     const T* __restrict__ bias,                    // [cols] or null
     int rows, int cols, int depth, int rank, int busy,  // clusters with tiles
@@ -42,9 +42,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const u32* kept,  // DROPOUT 2: bits of [rows, cols]
     Flags flags, const __grid_constant__ Down down, const __grid_constant__ Side side, const __grid_constant__ Tail tail) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[2 * STAGES + 3];
+  __shared__ __align__(8) u64 barriers[2 * STAGES + 4];
   u32 stages = shared_address(shared), stores = stages + STAGES * STAGE_BYTES;
-  u32 full = shared_address(barriers), empty = full + STAGES * 8, drained = empty + STAGES * 8, given = drained + 8, come = given + 8;
+  u32 full = shared_address(barriers), empty = full + STAGES * 8, drained = empty + STAGES * 8, given = drained + 8, come = given + 8, summed = come + 8;
 
   u32 block;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
@@ -54,6 +54,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   int depth_blocks = (depth + TILE_DEPTH - 1) / TILE_DEPTH, rank_blocks = (rank + TILE_DEPTH - 1) / TILE_DEPTH;
   // The last block of the rank is the remainder; those before it are further depth.
   int full_blocks = depth_blocks + rank_blocks - 1;
+#if DOWN
+  // Of tiles that make q: with a mask, pairs, of which a word has both; what is past the depth is zero.
+  int making_blocks = DOWN == 2 ? (depth_blocks + 1) / 2 * 2 : depth_blocks;
+#endif
 #if TAIL
   int whole = tail.first, pieces = whole + (tiles - whole) * tail.split;
 #else
@@ -68,7 +72,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       barrier_init(empty + 8 * s, 2 * CLUSTER);  // both math warpgroups of both blocks
     }
     barrier_init(drained, 8), barrier_init(given, 8);  // math warps
-    barrier_init(come, 1);
+    barrier_init(come, 1), barrier_init(summed, 1);
   }
 #if SIDE
   __shared__ __align__(8) u64 side_barriers[SIDE_WARPS * SIDE_STAGES + 1];
@@ -98,15 +102,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       for (int index = cluster; index < pieces; index += busy) {
         Piece piece = piece_at(tail, index, depth_blocks);
         Tile tile = walk.at(piece.tile, block);
-        int k = piece.from, turns = piece.to < depth_blocks ? piece.to : depth_blocks + rank_blocks;
+        int k = piece.from, steps = depth_blocks;
         bool making = DOWN && walk.makes(index);
 #if DOWN
-        Share share(down, making ? tile.col / TILE_COLS : 0, depth_blocks);
-        if (making) k = share.start;
+        Share share(down, making ? tile.col / TILE_COLS : 0, making_blocks);
+        if (making) k = share.start, steps = making_blocks;
         bool has_room = false;  // for `down`, where the tile before was stored from
 #endif
+        int turns = piece.to < depth_blocks ? piece.to : steps + rank_blocks;
         for (int turn = piece.from; turn < turns; ++turn, ring.next()) {
-          bool low = DROPOUT == 2 && !making ? turn == 0 : turn >= depth_blocks;
+          bool low = DROPOUT == 2 && !making ? turn == 0 : turn >= steps;
           u32 bar = full + 8 * ring.stage, dst = stages + ring.stage * STAGE_BYTES;
           u32 bytes = STAGE_BYTES;
           if (low) await_once();
@@ -120,7 +125,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
           const TensorMap& left = low ? q_map : input_map;
           const TensorMap& right = low ? p_map : weight_map;
-          int at = (!low ? k : DROPOUT == 2 ? 0 : turn - depth_blocks) * TILE_DEPTH;
+          int at = (!low ? k : DROPOUT == 2 ? 0 : turn - steps) * TILE_DEPTH;
           barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
           barrier_expect(bar, bytes);
           load_box(dst, left, at, tile.row, bar);
@@ -139,7 +144,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             load_box(stores + ring.stage * DOWN_BYTES, down_map, at, 0, bar);
           }
 #endif
-          if (!low && ++k == depth_blocks) k = 0;
+          if (!low && ++k == steps) k = 0;
         }
       }
     }
@@ -149,8 +154,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       for (int index = cluster; index < tiles && walk.makes(index); index += busy, parity ^= 1) {
         Tile tile = walk.at(index, block);
         barrier_wait(given, parity);
-        // The tile before has been stored, and what makes q been read.
+        // There is room for the sums: the tile before has been stored, and `down` been multiplied.
         add_shares(down, DOWN == 2 ? down.scale * dropout.scale : down.scale, flags, tile.col / TILE_COLS, tile.row, rows, shared + STAGES * STAGE_BYTES, come, sums_parity, threadIdx.x & 31);
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) barrier_arrive(summed);
       }
     }
 #endif
@@ -278,111 +285,136 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
     int index = cluster;
 #if DOWN
-    for (; index < tiles && walk.makes(index); index += busy) {
+    u32 summed_parity = 0;
+    for (; index < tiles && walk.makes(index); index += busy, summed_parity ^= 1) {
       begin(index);
-      Share share(down, tile.col / TILE_COLS, depth_blocks);
-      float low[2 * RANK_STEPS][4] = {};
+      Share share(down, tile.col / TILE_COLS, making_blocks);
+      float low[2 * RANK_STEPS][4];  // of q
+      int turn = 0;
       bool flying = false;
-      auto begin_step = [&](int turn) {
+      auto release_previous = [&] {
+        if (flying) release(previous);
+        flying = true;
+      };
+      // `during` runs while the step is multiplied.
+      auto other_step = [&](auto during) {
         int stage = ring.stage;
         barrier_wait(full + 8 * stage, ring.parity);
+        ring.next();
         wgmma_fence();
         multiply(stages + stage * STAGE_BYTES, turn > 0);
         wgmma_commit();
-        ring.next();
-        return stage;
-      };
-      auto end_step = [&](int stage) {
+        during();
         wgmma_wait<1>();
-        if (flying) release(previous);
-        flying = true;
+        release_previous();
         previous = stage;
+        ++turn;
       };
-      int turn = 0, before = share.own - share.start;
-      if (before < 0) before += depth_blocks;
-      for (; turn < share.delay / 2; ++turn) {
-        int stage = begin_step(turn);
-        if (waiting) {
+      auto finish_steps = [&] {
+        wgmma_wait<0>();
+        if (flying) release(previous);
+        flying = false;
+      };
+      while (turn < share.delay / 2)
+        other_step([&] {
+          if (!waiting) return;
           if (turn == 0) store_half(0);
           if (turn == 1) store_half(1), waiting = false;
-        }
-        end_step(stage);
-      }
+        });
       stored();  // its buffers are for what makes q
       if (lane == 0) barrier_arrive(drained);
-#if DOWN == 2
-      // Words of rows g and g + 8 for 128 columns, two steps: of those that are multiplied, and of the next.
-      u32 kept[2], drawn[2];
-#endif
-      // Draws word `i` of its own: the two of a pair of steps are drawn during the two steps before.
-      auto draw = [&](int i) {
-#if DOWN == 2
-        drawn[0] = drawn[1];
-        drawn[1] = kept_word(dropout, first_word(row0 + (lane >> 2) + i % 2 * 8, (share.own + i) * TILE_DEPTH, depth) + (lane & 3));
-#endif
-      };
-      auto add_to_low = [&](int stage, int i) {
-        u32 input = stages + stage * STAGE_BYTES + math * (INPUT_BYTES / 2);
-        u64 factor = descriptor(stores + stage * DOWN_BYTES, 16);
-#if DOWN == 2
+      if (DOWN == 2 || RANK_STEPS > 1) {
+        // So that they have registers from here on only; not while products are under way, and not later.
+        finish_steps();
 #pragma unroll
-        for (int h = 0; h < 2; ++h) kept[h] = i % 2 == 0 ? drawn[h] : kept[h] >> 8;
-        u32 x[TILE_DEPTH / 16][4];
+        for (int n = 0; n < 2 * RANK_STEPS; ++n)
+#pragma unroll
+          for (int c = 0; c < 4; ++c) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(low[n][c]));
+      }
+      // After every 16 of the depth of a step of its own.
+      auto own_step = [&](int i, auto after) {
+        int stage = ring.stage;
+        u32 at = stages + stage * STAGE_BYTES;
+        u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16), factor = descriptor(stores + stage * DOWN_BYTES, 16);
+        u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
+        barrier_wait(full + 8 * stage, ring.parity);
+        ring.next();
+        wgmma_fence();
 #pragma unroll
         for (int step = 0; step < TILE_DEPTH / 16; ++step) {
-          ldmatrix(x[step], swizzled(input + warp * 16 * 128, lane & 15, 2 * step + (lane >> 4)));
-#pragma unroll
-          for (int r = 0; r < 4; ++r) x[step][r] = drop_halves(x[step][r], kept[r % 2], 2 * step + r / 2);
+          wgmma(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, turn > 0 || step > 0);
+          after(step, input + step * DEPTH_STEP, factor + step * DEPTH_STEP, i > 0 || step > 0);
         }
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma_narrow<false>(low, x[step], factor + step * DEPTH_STEP);
-#else
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma_narrow(low, descriptor(input, 16) + step * DEPTH_STEP, factor + step * DEPTH_STEP, 1);
-#endif
-      };
-      // The rest of a step of its own, whose base product has begun; begins the step after it.
-      auto own_step = [&](auto is_last, int stage, int i) {
-        int next = stage;
-        add_to_low(stage, i);
         wgmma_commit();
-        if constexpr (decltype(is_last)::value) {
-          wgmma_wait<0>();
-        } else {
-          next = begin_step(turn + i + 1);
-          if (i + 2 < (share.steps + 1) / 2 * 2) draw(i + 2);
-          wgmma_wait<1>();
-        }
-        release(stage);
-        return next;
+        previous = stage;
+        ++turn;
       };
-      for (int i = 0; i < 2 - (before - turn); ++i) draw(i);
-      for (; turn < before; ++turn) {
-        int stage = begin_step(turn);
-        if (turn >= before - 2) draw(turn - before + 2);
-        end_step(stage);
-      }
-      int stage = begin_step(turn);
-      if (flying) {
+#if DOWN == 2
+      constexpr int STEPS = TILE_DEPTH / 16;
+      // Words of rows g and g + 8 for 128 columns, two steps: of those at hand, and of the next.
+      u32 words[2], drawn[2];
+      // Word `i` of its own; the two of a pair of steps are drawn during the two steps before.
+      auto draw = [&](int i) {
+        drawn[0] = drawn[1];
+        drawn[1] = kept_word(dropout, first_word(row0 + (lane >> 2) + i % 2 * 8, (share.own + i) * TILE_DEPTH, depth) + (lane & 3));
+      };
+      // The input of step `i` of its own, which is the next, as left operands.
+      auto mask = [&](u32 (&x)[STEPS][4], int i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) words[h] = i % 2 == 0 ? drawn[h] : words[h] >> 8;
+        if (i + 2 < share.steps) draw(i + 2);
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        u32 input = stages + ring.stage * STAGE_BYTES + (math * 64 + warp * 16) * 128;
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+          ldmatrix(x[step], swizzled(input, lane & 15, 2 * step + (lane >> 4)));
+#pragma unroll
+          for (int r = 0; r < 4; ++r) x[step][r] = drop_halves(x[step][r], words[r % 2], 2 * step + r / 2);
+        }
+      };
+      auto masked_step = [&](auto is_last, u32 (&x)[STEPS][4], u32 (&next)[STEPS][4], int i) {
+        own_step(i, [&](int step, u64, u64 factor, bool add) {
+          wgmma_narrow<false>(low, x[step], factor, add);
+          if (step != STEPS - 2) return;
+          // Most of this step is under way, and the one before, whose registers are the next one's, is done.
+          int stage = previous;
+          wgmma_wait<0>();
+          if (flying) release(stage);
+          flying = true;
+          if (!decltype(is_last)::value) mask(next, i + 1);
+        });
+      };
+      for (int i = 0; i < 2 - share.before + turn; ++i) draw(i);
+      while (turn < share.before)
+        other_step([&] {
+          if (turn >= share.before - 2) draw(turn - share.before + 2);
+        });
+      u32 x[2][STEPS][4];
+      mask(x[0], 0);
+      int i = 0;
+      for (; i < share.steps - 2; i += 2) masked_step(No{}, x[0], x[1], i), masked_step(No{}, x[1], x[0], i + 1);
+      masked_step(No{}, x[0], x[1], i), masked_step(Yes{}, x[1], x[0], i + 1);
+#else
+      while (turn < share.before) other_step([] {});
+      for (int i = 0; i < share.steps; ++i) {
+        int before = previous;
+        own_step(i, [&](int, u64 input, u64 factor, bool add) { wgmma_narrow(low, input, factor, add); });
         wgmma_wait<1>();
-        release(previous);
+        if (flying) release(before);
+        flying = true;
       }
-      for (int i = 0; i < share.steps - 1; ++i) stage = own_step(No{}, stage, i);
+#endif
       // The sums of q must be plain registers where the tile does not add to them.
-      own_step(Yes{}, stage, share.steps - 1);
-      flying = false;
-      turn += share.steps;
+      finish_steps();
       give_share(low, down, flags, share.index, row0, lane);
       if (lane == 0) barrier_arrive(given);
-      for (; turn < depth_blocks; ++turn) end_step(begin_step(turn));
-      wgmma_wait<0>();
-      if (flying) release(previous);
+      while (turn < making_blocks) other_step([] {});
+      finish_steps();
 #if DROPOUT == 2
       keep.load(kept, row0, rows, tile.col, cols, lane);
 #endif
-      add_rank(depth_blocks, No{});
+      add_rank(making_blocks, No{});
+      barrier_wait(summed, summed_parity);  // what was added up there has been read
       round();
     }
 #endif

@@ -234,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
           }
           wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < STRIP / 16; ++k) wgmma_narrow<true>(acc[i], {z[k][0], z[k][2], z[k][1], z[k][3]}, q + k * Q_STEP);
+          for (int k = 0; k < STRIP / 16; ++k) wgmma_narrow<true>(acc[i], {z[k][0], z[k][2], z[k][1], z[k][3]}, q + k * Q_STEP, 1);
           wgmma_commit();
           wgmma_wait<0>();
           warpgroup_sync();

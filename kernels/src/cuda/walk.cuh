@@ -4,8 +4,7 @@ struct Tile {
 };
 
 // Cluster c takes tiles c, c + busy, ... In groups of GROUP cluster rows, within a group down the rows, then on to the next
-// columns; with DOWN 2, few rows are two groups, so that the later half of q has more time. With DOWN 1 the first `shares`
-// columns come before, row by row: `at_once` tiles of every `stride`, until they are made.
+// columns. With DOWN the first `shares` columns come before, row by row: `at_once` tiles of every `stride`, until all are made.
 struct Walk {
   int rows, cols;  // clusters of them
   int shares, at_once, stride;

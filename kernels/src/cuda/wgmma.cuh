@@ -35,18 +35,24 @@ __device__ __forceinline__ void wgmma_narrow(float (&d)[8][4], u64 left, u64 rig
                : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]), F4OF(d[4]), F4OF(d[5]), F4OF(d[6]), F4OF(d[7])
                : "l"(left), "l"(right), "r"(accumulate), "n"(ACROSS), "n"(ACROSS));
 }
-// d += left · rightᵀ, of which the left operand, 16 of depth, is in registers, and the right lies along the depth, or ACROSS.
+// The same of a left operand in registers, 16 of depth, and a right one that lies along the depth, or ACROSS it.
 template <bool ACROSS>
-__device__ __forceinline__ void wgmma_narrow(float (&d)[2][4], const u32 (&left)[4], u64 right) {
-  asm volatile(NARROW("16") "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, %13;" : F4OF(d[0]), F4OF(d[1]) : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "n"(ACROSS));
+__device__ __forceinline__ void wgmma_narrow(float (&d)[2][4], const u32 (&left)[4], u64 right, int accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n" NARROW("16") "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, %14;\n}"
+               : F4OF(d[0]), F4OF(d[1])
+               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(accumulate), "n"(ACROSS));
 }
 template <bool ACROSS>
-__device__ __forceinline__ void wgmma_narrow(float (&d)[4][4], const u32 (&left)[4], u64 right) {
-  asm volatile(NARROW("32") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, %21;" : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]) : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "n"(ACROSS));
+__device__ __forceinline__ void wgmma_narrow(float (&d)[4][4], const u32 (&left)[4], u64 right, int accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n" NARROW("32") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, %22;\n}"
+               : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3])
+               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(accumulate), "n"(ACROSS));
 }
 template <bool ACROSS>
-__device__ __forceinline__ void wgmma_narrow(float (&d)[8][4], const u32 (&left)[4], u64 right) {
-  asm volatile(NARROW("64") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, %37;" : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]), F4OF(d[4]), F4OF(d[5]), F4OF(d[6]), F4OF(d[7]) : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "n"(ACROSS));
+__device__ __forceinline__ void wgmma_narrow(float (&d)[8][4], const u32 (&left)[4], u64 right, int accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" NARROW("64") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}"
+               : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]), F4OF(d[4]), F4OF(d[5]), F4OF(d[6]), F4OF(d[7])
+               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(accumulate), "n"(ACROSS));
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
