@@ -79,12 +79,19 @@ impl Kernel {
         }
         macro_rules! with_tile {
             ($file:literal) => {
-                joined!($file, "tile.cuh")
+                joined!($file, "element.cuh", "machine.cuh", "tile.cuh")
             };
         }
         macro_rules! with_hopper {
             ($file:literal) => {
-                joined!($file, "tile.cuh", "hopper.cuh")
+                joined!(
+                    $file,
+                    "element.cuh",
+                    "machine.cuh",
+                    "tile.cuh",
+                    "hopper.cuh",
+                    "bits.cuh"
+                )
             };
         }
         match self {
@@ -92,27 +99,42 @@ impl Kernel {
             Self::Shrink => with_tile!("shrink.cu"),
             Self::Expand => with_tile!("expand.cu"),
             Self::Outer => with_tile!("outer.cu"),
-            Self::Reduce => joined!("reduce.cu", "tile.cuh", "sum.cuh"),
+            Self::Reduce => joined!(
+                "reduce.cu",
+                "element.cuh",
+                "machine.cuh",
+                "tile.cuh",
+                "sum.cuh"
+            ),
             Self::ShrinkRing => {
                 joined!(
                     "shrink_ring.cu",
+                    "element.cuh",
+                    "machine.cuh",
                     "tile.cuh",
                     "hopper.cuh",
+                    "bits.cuh",
                     "shrink_ring.cuh"
                 )
             }
             Self::Sweep => joined!(
                 "sweep.cu",
+                "element.cuh",
+                "machine.cuh",
                 "tile.cuh",
                 "hopper.cuh",
+                "bits.cuh",
                 "wgmma.cuh",
                 "cluster_sum.cuh"
             ),
             Self::Bits => with_hopper!("bits.cu"),
             Self::Gemm => joined!(
                 "gemm.cu",
+                "element.cuh",
+                "machine.cuh",
                 "tile.cuh",
                 "hopper.cuh",
+                "bits.cuh",
                 "wgmma.cuh",
                 "gemm.cuh",
                 "walk.cuh",
@@ -123,7 +145,14 @@ impl Kernel {
                 "sum.cuh",
                 "side.cuh"
             ),
-            Self::Decode => joined!("decode.cu", "tile.cuh", "hopper.cuh", "wgmma.cuh"),
+            Self::Decode => joined!(
+                "decode.cu",
+                "element.cuh",
+                "machine.cuh",
+                "tile.cuh",
+                "hopper.cuh",
+                "wgmma.cuh"
+            ),
         }
     }
 }

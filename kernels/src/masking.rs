@@ -49,7 +49,7 @@ impl<'a> Masking<'a> {
     }
 }
 
-/// The mask of a matrix `[rows, cols]`, a bit an element, laid out as hopper.cuh says.
+/// The mask of a matrix `[rows, cols]`, a bit an element, laid out as bits.cuh says.
 pub(crate) struct Bits {
     keep: CudaSlice<u32>,
     rows: usize,

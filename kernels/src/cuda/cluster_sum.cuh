@@ -64,7 +64,7 @@ struct ClusterSum {
         for (int n = 0; n < RT / 8; ++n) send(to + place(row, n), sums[n][2 * h], sums[n][2 * h + 1], bar_there);
       }
     } else {
-      auto both_sync = [] { asm volatile("bar.sync 3, 256;" ::: "memory"); };
+      auto both_sync = [] { sync_some<256>(3); };
       // `taken` has been waited for, which all warps of this block arrive at too; this is for racecheck, which does not follow
       // arrivals by an address of the cluster, and costs nothing.
       both_sync();
@@ -84,7 +84,7 @@ struct ClusterSum {
             float2 v = *at(n, h);
             *at(n, h) = make_float2(v.x + sums[n][2 * h], v.y + sums[n][2 * h + 1]);
           }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      fence_shared();
       both_sync();
       // Its own rows stay where they are: memcheck takes a copy to the block itself for an error.
       int block = thread;

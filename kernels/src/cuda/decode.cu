@@ -71,7 +71,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barriers();
   }
   if (threadIdx.x == WARPS * 32) prefetch_map(x_map), prefetch_map(w_map), prefetch_map(a_map);
   __syncthreads();

@@ -1,17 +1,5 @@
 // Hopper: what blocks of one launch tell each other through memory that was zero before it.
 
-// Counts behind what this thread wrote and saw written, and sees what others wrote before they did.
-__device__ __forceinline__ u32 count_up(u32* flag, u32 by = 1) {
-  u32 old;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(flag), "r"(by) : "memory");
-  return old;
-}
-__device__ __forceinline__ void await_count(const u32* flag, u32 count) {
-  u32 found;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
-  while (found < count);
-}
-
 constexpr int CLUSTER_WARPS = CLUSTER * TILE_ROWS / 16;
 
 // As in hopper.rs.

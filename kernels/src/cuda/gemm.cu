@@ -46,8 +46,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   u32 stages = shared_address(shared), stores = stages + STAGES * STAGE_BYTES;
   u32 full = shared_address(barriers), empty = full + STAGES * 8, drained = empty + STAGES * 8, given = drained + 8, come = given + 8, summed = come + 8;
 
-  u32 block;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
+  u32 block = block_in_cluster();
   int cluster = blockIdx.x / CLUSTER;
   Walk walk = {(rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS), (cols + TILE_COLS - 1) / TILE_COLS, down.shares, down.at_once, down.stride};
   int tiles = cluster < busy ? walk.rows * walk.cols : 0;
@@ -79,11 +78,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   if (threadIdx.x == 0) barrier_init(shared_address(side_barriers) + 8 * SIDE_WARPS * SIDE_STAGES, 1);
   if (threadIdx.x < SIDE_WARPS * SIDE_STAGES) barrier_init(shared_address(side_barriers) + 8 * threadIdx.x, 1);
 #endif
-  if (threadIdx.x < 32) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  if (threadIdx.x < 32) fence_barriers();
   cluster_arrive_early(), cluster_wait();
 
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
+    give_registers<LOADER_REGISTERS>();
     if (threadIdx.x == 0) {
       Ring ring;
       // Only q, or what makes it, comes from the kernel before this one: the base product need not await
@@ -132,10 +131,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           // Each block fetches half of the tile of W for both.
           dst += INPUT_BYTES + block * (WEIGHT_BYTES / CLUSTER);
 #if BACKWARD
-          load_box_for_cluster(dst, right, tile.col + block * 128, at, bar);
-          load_box_for_cluster(dst + WEIGHT_COLS_BYTES, right, tile.col + block * 128 + 64, at, bar);
+          load_box_for_cluster<CLUSTER>(dst, right, tile.col + block * 128, at, bar);
+          load_box_for_cluster<CLUSTER>(dst + WEIGHT_COLS_BYTES, right, tile.col + block * 128 + 64, at, bar);
 #else
-          load_box_for_cluster(dst, right, at, tile.col + block * 128, bar);
+          load_box_for_cluster<CLUSTER>(dst, right, at, tile.col + block * 128, bar);
 #endif
 #if DOWN
           if (owned) {
@@ -171,7 +170,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
 #endif
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
+    take_registers<MATH_REGISTERS>();
     int math = warpgroup - 1, thread = threadIdx.x % 128, lane = thread & 31, warp = thread / 32;
     u32 buffers = stores + (math * 4 + warp) * 2 * STORE_BYTES;
     Ring ring;
@@ -182,27 +181,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     // reads the other, and no warp waits for another.
     auto store = [&](int box) {
       u32 to = buffers + box % 2 * STORE_BYTES;
-      if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+      if (lane == 0) await_stores_left<1>();
       __syncwarp();
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {  // 16 columns
-        const u32* v = &out[box * 16 + pair * 4];
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(to, lane & 15, pair * 2 + (lane >> 4))),
-                     "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                     : "memory");
-      }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      for (int pair = 0; pair < 4; ++pair) store_matrix(swizzled(to, lane & 15, pair * 2 + (lane >> 4)), &out[box * 16 + pair * 4]);  // 16 columns
+      fence_shared();
       __syncwarp();
       if (lane == 0) {
         store_box(out_map, last.col + box * 64, last.row + math * 64 + warp * 16, to);
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        commit_stores();
       }
     };
     auto store_half = [&](int half) { store(half * 2), store(half * 2 + 1); };
     auto stored = [&] {
       if (waiting) store_half(0), store_half(1);
       waiting = false;
-      if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+      if (lane == 0) await_stores_left<0>();
     };
     float d[128];
     Tile tile;
@@ -228,14 +222,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
       u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
 #pragma unroll
-      for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, add || step > 0);
+      for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma<BACKWARD>(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, add || step > 0);
     };
     auto multiply_rank = [&](u32 at, bool add) {
       u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
       u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < RANK_STEPS; ++step) wgmma(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, add || step > 0);
+      for (int step = 0; step < RANK_STEPS; ++step) wgmma<BACKWARD>(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, add || step > 0);
       wgmma_commit();
     };
     // The rank as the last block, behind `turns` others of which the last may be in flight.
@@ -252,7 +246,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
       barrier_wait(full + 8 * ring.stage, ring.parity);
       add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, DROPOUT == 1 ? dropout.scale : 1.f, lane);
-      warpgroup_sync(math);
+      sync_some<128>(math + 1);
 #else
       barrier_wait(full + 8 * ring.stage, ring.parity);
       multiply_rank(at, true);
@@ -329,7 +323,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
         for (int n = 0; n < 2 * RANK_STEPS; ++n)
 #pragma unroll
-          for (int c = 0; c < 4; ++c) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(low[n][c]));
+          for (int c = 0; c < 4; ++c) low[n][c] = zero_here();
       }
       // After every 16 of the depth of a step of its own.
       auto own_step = [&](int i, auto after) {
@@ -342,7 +336,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < TILE_DEPTH / 16; ++step) {
-          wgmma(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, turn > 0 || step > 0);
+          wgmma<BACKWARD>(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, turn > 0 || step > 0);
           after(step, input + step * DEPTH_STEP, factor + step * DEPTH_STEP, i > 0 || step > 0);
         }
         wgmma_commit();
@@ -495,7 +489,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (tiles == 0) await_previous();  // the loader of tiles has
     if (tiles == 0 || side.all) side_work(side0_map, side1_map, side, rows, kept, flags, shared, shared_address(side_barriers), threadIdx.x - 128, tiles == 0 ? cluster - busy : -1, block);
 #endif
-    if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if (lane == 0) await_stores();
   }
   // A block must not leave while its partner still signals it or loads for it.
   cluster_sync();

@@ -34,7 +34,7 @@ struct ShrinkRing {
   __device__ __forceinline__ void init_barriers() const {
     if (!loads) return;
     for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + 8 * stage, 1), barrier_init(empty + 8 * stage, MEMBERS);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barriers();
   }
   __device__ __forceinline__ int column(int i) const { return ((i / TURN * TEAMS + team) * TURN + i % TURN) * COLS; }
   __device__ __forceinline__ void fetch_x(int unit, int i, int stage) const {

@@ -99,7 +99,7 @@ constexpr int SIDE_RING_BYTES = SIDE_WARPS * SIDE_STAGES * BOX_BYTES;
 constexpr int Q_ROWS = 2048 / RANK_STEPS;  // rows of q that stand in shared memory
 constexpr int SIDE_BITS_BYTES = DROPOUT == 2 ? SIDE_WARPS * SIDE_STAGES * BITS_BYTES : 0;
 
-__device__ __forceinline__ void side_sync() { asm volatile("bar.sync 3, %0;" ::"n"(SIDE_WARPS * 32) : "memory"); }
+__device__ __forceinline__ void side_sync() { sync_some<SIDE_WARPS * 32>(3); }
 
 // `count` rows of q from `row0` on, zero from `rows` on; on their way until `await_copies`.
 __device__ __forceinline__ void copy_rows(u32 dst, const T* src, int stride, int row0, int count, int rows, int thread) {

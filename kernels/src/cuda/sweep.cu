@@ -46,6 +46,11 @@ struct Next {
   int cols, first_col;
 };
 
+__device__ __forceinline__ Vec load_chunk(u32 box, int row, int chunk) {
+  Vec v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "r"(swizzled(box, row, chunk)));
+  return v;
+}
 __device__ __forceinline__ void store_chunk(u32 box, int row, int chunk, const Vec& v) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(box, row, chunk)), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
@@ -83,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     for (int i = 0; i < Q_STAGES; ++i) barrier_init(q_full + 8 * i, 1), barrier_init(q_empty + 8 * i, 2);
     if (DOWN) cluster_sum.init_barriers();
     if (NEXT) barrier_init(made, group * (8 + DRAWERS));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_barriers();
   }
   __syncthreads();
   if (DOWN) cluster_arrive_early();  // the blocks of a group may send once all have
@@ -95,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
   };
 
   if (warpgroup < SERVICE) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(SERVICE_REGISTERS));
+    give_registers<SERVICE_REGISTERS>();
     if (DOWN) cluster_wait();
     if (threadIdx.x == 0) {
       await_previous();
@@ -170,9 +175,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     return;
   }
 
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MATH_REGISTERS));
+  take_registers<MATH_REGISTERS>();
   int math = warpgroup - SERVICE, thread = threadIdx.x % 128, lane = thread & 31, warp = thread / 32, g = lane >> 2, t = lane & 3;
-  auto warpgroup_sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(math + 1) : "memory"); };
+  auto warpgroup_sync = [&] { sync_some<128>(math + 1); };
 #if DOWN
   int both = math * 128 + thread;
   for (int i = 0; i < MEETS; ++i) cluster_sum.expect(i, both);
@@ -217,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
             drop(Kept::of(col, [&](int t) { return __shfl_sync(0xffffffffu, drawn[k / 2], from + k % 2 * 4 + t); }), v);
             store_chunk(box, row, chunk, v);
           }
-          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+          fence_shared();
           warpgroup_sync();
         }
         if constexpr (MASK == 2) {

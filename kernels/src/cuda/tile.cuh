@@ -1,92 +1,12 @@
-// Shared by every kernel: element types, 16-byte loads, the tensor core step, dropout.
+// Shared by every kernel: 16-byte loads, the tensor core step, dropout.
 //
-// Options: DTYPE 0 = f32, 1 = bf16, 2 = f16; ALIGNED 1 = rows of the wide operand start on 16
-// bytes and hold whole vectors; DROPOUT 1 = the kernel masks by counter (0: compiled out).
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-#if DTYPE == 0
-typedef float T;
-constexpr int VEC = 4;    // elements in 16 bytes
-constexpr int KSTEP = 8;  // contraction length of one tensor core step
-#else
-typedef unsigned short T;
-constexpr int VEC = 8;
-constexpr int KSTEP = 16;
-#endif
-constexpr int HALF_VEC = VEC / 2;
-
-struct alignas(16) Vec {
-  u32 w[4];  // 4 x f32 or 8 x half; element 0 in the low bits
-};
-struct alignas(8) HalfVec {
-  u32 w[2];
-};
+// Options: DTYPE, ALIGNED 1 = rows of the wide operand start on 16 bytes and hold whole vectors; DROPOUT 1 = the kernel
+// masks by counter (0: compiled out).
 
 // Factors of S or dS, one for every 16 ranks; those behind the last take the last. As in skinny.rs.
 struct Scales {
   float of[64];
 };
-
-// ---- order of kernels ------------------------------------------------------------------------
-// A kernel starts while the one before it drains. It must await that one before it reads what it
-// wrote, and before it writes anything: memory freed by an earlier kernel of the stream is reused.
-__device__ __forceinline__ void await_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// Lets the next kernel of the stream start on multiprocessors that have room for it.
-__device__ __forceinline__ void start_next() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Brings a line to the L2 cache, where a kernel that has yet to write it would still be heard: safe
-// before `await_previous`.
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-// ---- conversions ---------------------------------------------------------------------------
-__device__ __forceinline__ float to_float(T v) {
-#if DTYPE == 0
-  return v;
-#elif DTYPE == 1
-  return __uint_as_float((u32)v << 16);
-#else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-  return f;
-#endif
-}
-
-__device__ __forceinline__ T from_float(float f) {
-#if DTYPE == 0
-  return f;
-#elif DTYPE == 1
-  T v;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(f));
-  return v;
-#else
-  T v;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
-  return v;
-#endif
-}
-
-#if DTYPE != 0
-// Two floats to one word, `lo` in the low half.
-__device__ __forceinline__ u32 pack_halves(float lo, float hi) {
-  u32 w;
-#if DTYPE == 1
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
-#endif
-  return w;
-}
-#endif
 
 __device__ __forceinline__ u32 bits_of(T v) {
 #if DTYPE == 0
@@ -124,18 +44,6 @@ __device__ __forceinline__ HalfVec load_half_vec(const T* p) {
 // two tf32 parts (three products); the tensor core truncates sums, so each step starts at zero
 // and is added to `c` with a rounded f32 add.
 #if DTYPE == 0
-__device__ __forceinline__ void mma_tf32(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ u32 tf32_of(float f) {
-  u32 w;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(w) : "f"(f));
-  return w;
-}
 __device__ __forceinline__ void split_tf32(u32 bits, u32& hi, u32& lo) {
   float f = __uint_as_float(bits);
   hi = tf32_of(f);
@@ -156,19 +64,11 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 #pragma unroll
   for (int i = 0; i < 4; ++i) c[i] += d[i];
 }
-#else
-#if DTYPE == 1
-#define HALF_NAME "bf16"
-#else
-#define HALF_NAME "f16"
 #endif
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." HALF_NAME "." HALF_NAME
-               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-#endif
+
+// ---- shared memory ---------------------------------------------------------------------------
+// Address of 16-byte chunk `chunk` of a 128-byte row under the swizzle.
+__device__ __forceinline__ u32 swizzled(u32 base, int row, int chunk) { return base + row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 // ---- dropout by counter --------------------------------------------------------------------
 // Two blocks of Philox-4x32 with 7 rounds (Salmon et al., SC'11) decide on 32 elements of a row, a bit each:
