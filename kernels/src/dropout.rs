@@ -37,11 +37,11 @@ pub struct Dropout {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub(crate) struct Mask {
-    step: u64,
-    seed: u32,
-    site: u32,
-    threshold: u32,
-    scale: f32,
+    pub step: u64,
+    pub seed: u32,
+    pub site: u32,
+    pub threshold: u32,
+    pub scale: f32,
 }
 
 impl Mask {

@@ -108,6 +108,8 @@ mod cubin;
 mod decode;
 mod dropout;
 mod element;
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+mod emulator;
 mod error;
 mod flags;
 mod forward;

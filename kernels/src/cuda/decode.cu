@@ -55,8 +55,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     T* __restrict__ y,                        // [tokens, rows]
     T* __restrict__ s,                        // [tokens, RT]
     int tokens, int rows, int cols, int rank, float scale, int stages) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[2 * MOST_STAGES];
+  DYNAMIC_SHARED(shared);
+  SHARED_BARRIERS(barriers, 2 * MOST_STAGES);
   __shared__ __align__(16) float s_all[S_SIZE];  // [rank, token]
   __shared__ float b_own[RT * B_STRIDE], bias_own[OWN_ROWS];  // [rank, row]
   // Where the ring was:

@@ -41,8 +41,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     Dropout dropout,
     const u32* kept,  // DROPOUT 2: bits of [rows, cols]
     Flags flags, const __grid_constant__ Down down, const __grid_constant__ Side side, const __grid_constant__ Tail tail) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[2 * STAGES + 4];
+  DYNAMIC_SHARED(shared);
+  SHARED_BARRIERS(barriers, 2 * STAGES + 4);
   u32 stages = shared_address(shared), stores = stages + STAGES * STAGE_BYTES;
   u32 full = shared_address(barriers), empty = full + STAGES * 8, drained = empty + STAGES * 8, given = drained + 8, come = given + 8, summed = come + 8;
 
@@ -74,7 +74,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     barrier_init(come, 1), barrier_init(summed, 1);
   }
 #if SIDE
-  __shared__ __align__(8) u64 side_barriers[SIDE_WARPS * SIDE_STAGES + 1];
+  SHARED_BARRIERS(side_barriers, SIDE_WARPS * SIDE_STAGES + 1);
   if (threadIdx.x == 0) barrier_init(shared_address(side_barriers) + 8 * SIDE_WARPS * SIDE_STAGES, 1);
   if (threadIdx.x < SIDE_WARPS * SIDE_STAGES) barrier_init(shared_address(side_barriers) + 8 * threadIdx.x, 1);
 #endif

@@ -3,6 +3,10 @@ struct alignas(64) TensorMap {
   u64 words[16];
 };
 
+// Memory of a block, for boxes and for barriers.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#define SHARED_BARRIERS(name, count) __shared__ __align__(8) u64 name[count]
+
 // ---- barriers, copies, clusters --------------------------------------------------------------
 // The barriers order the copy engine and wgmma (async proxy), which needs no fence of wider scope;
 // `.release.cluster` would put a memory barrier of the whole card into every step.

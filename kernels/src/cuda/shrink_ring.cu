@@ -10,8 +10,8 @@ extern "C" __global__ void __launch_bounds__(Rings::WARPS * 32, BLOCKS) shrink_r
     T* __restrict__ s,                       // [rows, lds]
     int rows, int cols, int lds, int early,  // 1: x was there before the kernel before this one
     const __grid_constant__ Scales scales, Dropout dropout) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[Rings::BARRIERS];
+  DYNAMIC_SHARED(shared);
+  SHARED_BARRIERS(barriers, Rings::BARRIERS);
   int unit = blockIdx.x;
   Rings rings(x_map, a_map, cols, blockIdx.y * RT, shared, barriers);
   rings.init_barriers();

@@ -71,8 +71,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     const __grid_constant__ TensorMap next_map,  // the other matrix, as z_map
     const __grid_constant__ TensorMap s_map,     // as q_map
     const __grid_constant__ Next next) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ __align__(8) u64 barriers[4 * STAGES + 2 * Q_STAGES + 2 * MEETS + 1];
+  DYNAMIC_SHARED(shared);
+  SHARED_BARRIERS(barriers, 4 * STAGES + 2 * Q_STAGES + 2 * MEETS + 1);
   u32 rings = shared_address(shared), q_ring = rings + 2 * STAGES * TILE_BYTES, p_tiles = q_ring + Q_STAGES * Q_BYTES;
   u32 meet = p_tiles + 2 * PAIRS * P_BYTES, own_sums = meet + MEETS * MEET_BYTES, masks = own_sums + SUMS_BYTES;
   u32 full = shared_address(barriers), empty = full + 2 * STAGES * 8, q_full = empty + 2 * STAGES * 8, q_empty = q_full + Q_STAGES * 8;

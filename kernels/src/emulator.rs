@@ -1,0 +1,346 @@
+//! The Hopper kernel on a CPU: `gemm.cu` as it is, between headers that do what the card's instructions do.
+//!
+//! No card is needed to see that its threads do not wait for each other forever and that `S` and the output are right. What
+//! such a run cannot see: a wait for a copy or a product that is missing, and everything about time.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+
+use half::bf16;
+
+use crate::dropout::{Dropout, Mask, Place};
+use crate::gemm::Product;
+use crate::hopper::{DEPTH, TILE};
+use crate::low::Tiling;
+use crate::shares::Shares;
+use crate::side;
+use crate::tail::Tail;
+
+const SCALE: f64 = 0.375;
+
+/// A forward of `[rows, depth]` to `cols` columns on a card that holds `clusters`.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    rows: usize,
+    depth: usize,
+    cols: usize,
+    clusters: usize,
+}
+
+/// The kernel's options.
+#[derive(Clone, Copy, Debug)]
+struct Options {
+    ranks: usize,
+    masked: bool,
+    tail: bool,
+}
+
+/// A program, deleted with this.
+struct Emulator {
+    path: PathBuf,
+    options: Options,
+}
+
+impl Drop for Emulator {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl Emulator {
+    /// Compiled by `$CXX` or `c++`; none where there is no such compiler.
+    fn compile(options: Options) -> Option<Self> {
+        let Options {
+            ranks,
+            masked,
+            tail,
+        } = options;
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let mut words = compiler.split_whitespace();
+        let name = format!(
+            "lora-emulator-{}-{ranks}-{masked}-{tail}",
+            std::process::id()
+        );
+        let path = std::env::temp_dir().join(name);
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/emulator/gemm.cpp");
+        let defines = [
+            ("DTYPE", 1),
+            ("ALIGNED", 1),
+            ("BACKWARD", 0),
+            ("DROPOUT", 0),
+            ("RANK_STEPS", ranks / 16),
+            ("DOWN", if masked { 2 } else { 1 }),
+            ("SIDE", 0),
+            ("TAIL", usize::from(tail)),
+        ];
+        let output = Command::new(words.next()?)
+            .args(words)
+            .args(["-std=c++20", "-O2", "-w"])
+            .args(defines.map(|(name, value)| format!("-D{name}={value}")))
+            .args([OsStr::new("-o"), path.as_os_str(), source.as_os_str()])
+            .output()
+            .ok()?;
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{options:?}: {log}");
+        Some(Self { path, options })
+    }
+
+    /// S and the output.
+    fn run(&self, case: Case, mask: Mask, inputs: &Inputs) -> (Vec<bf16>, Vec<bf16>) {
+        let Case {
+            rows,
+            depth,
+            cols,
+            clusters,
+        } = case;
+        let (tile_rows, tile_cols) = (rows.div_ceil(TILE), cols.div_ceil(TILE));
+        let tiles = tile_rows * tile_cols;
+        let tiling = |busy| Tiling {
+            product: Product::Forward,
+            rows: tile_rows,
+            cols: tile_cols,
+            busy,
+            spare: 0,
+        };
+        let (tail, busy) = if self.options.tail {
+            let tail = Tail::new(tiles, clusters, depth).expect("a tail");
+            ((tail.first, tail.split), clusters)
+        } else {
+            ((tiles, 1), side::busy(tiles, clusters))
+        };
+        let shares = Shares::new(tiling(busy), depth);
+        assert!(shares.end <= tail.0, "{case:?}: tiles of the tail make S");
+        let arguments = [
+            rows,
+            depth,
+            cols,
+            busy,
+            shares.count,
+            shares.window,
+            shares.early,
+            shares.delay,
+            shares.at_once,
+            shares.stride,
+        ]
+        .map(|number| number.to_string());
+        let rest = [
+            SCALE.to_string(),
+            tail.0.to_string(),
+            tail.1.to_string(),
+            mask.step.to_string(),
+            mask.seed.to_string(),
+            mask.site.to_string(),
+            mask.threshold.to_string(),
+            mask.scale.to_string(),
+        ];
+        let mut child = Command::new(&self.path)
+            .args(arguments.iter().chain(&rest))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the emulator starts");
+        let mut stdin = child.stdin.take().expect("piped");
+        let bytes: Vec<u8> = inputs
+            .all()
+            .flat_map(|value| value.to_bits().to_le_bytes())
+            .collect();
+        let writer = thread::spawn(move || stdin.write_all(&bytes));
+        let output = child.wait_with_output().expect("the emulator ends");
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "{:?} {case:?} {shares:?}: {log}",
+            self.options
+        );
+        writer
+            .join()
+            .expect("the input was written")
+            .expect("the input was read");
+        let mut values: Vec<bf16> = output
+            .stdout
+            .chunks_exact(2)
+            .map(|two| bf16::from_bits(u16::from_le_bytes([two[0], two[1]])))
+            .collect();
+        let out = values.split_off(rows * self.options.ranks);
+        assert_eq!(out.len(), rows * cols);
+        (values, out)
+    }
+
+    /// Compares with f64.
+    fn check(&self, case: Case) {
+        let Case {
+            rows, depth, cols, ..
+        } = case;
+        let ranks = self.options.ranks;
+        let p = if self.options.masked { 0.25 } else { 0.0 };
+        let dropout = Dropout::new(Place::Pre, p, 0x1234_5678_9abc, 5, 7).expect("a probability");
+        let mask = Dropout::at(Some(dropout), Place::Pre).unwrap_or(Mask {
+            scale: 1.0,
+            ..Mask::default()
+        });
+        let inputs = Inputs::new(case, ranks);
+        let (s, out) = self.run(case, mask, &inputs);
+        let close = |what: &str, row: usize, col: usize, found: bf16, expected: f64| {
+            let error = (found.to_f64() - expected).abs();
+            assert!(
+                error <= 0.006 * (1.0 + expected.abs()),
+                "{:?} {case:?}: {what} [{row}, {col}] is {found} instead of {expected}",
+                self.options
+            );
+        };
+        for row in 0..rows {
+            let x = &inputs.x[row * depth..][..depth];
+            let kept: Vec<f64> = (0..depth)
+                .map(|k| x[k].to_f64() * f64::from(dropout.factor(row as u64, k, depth)))
+                .collect();
+            let s = &s[row * ranks..][..ranks];
+            for (rank, &found) in s.iter().enumerate() {
+                let a = &inputs.a[rank * inputs.a_cols..][..depth];
+                let sum: f64 = kept.iter().zip(a).map(|(x, a)| x * a.to_f64()).sum();
+                close("S", row, rank, found, SCALE * sum);
+            }
+            // A part of the columns, another for every row; S as it was rounded.
+            for col in (row % 7..cols).step_by(7) {
+                let w = &inputs.w[col * depth..][..depth];
+                let b = &inputs.b[col * ranks..][..ranks];
+                let base: f64 = x.iter().zip(w).map(|(x, w)| x.to_f64() * w.to_f64()).sum();
+                let low: f64 = s.iter().zip(b).map(|(s, b)| s.to_f64() * b.to_f64()).sum();
+                let expected = base + low + inputs.bias[col].to_f64();
+                close("the output", row, col, out[row * cols + col], expected);
+            }
+        }
+    }
+}
+
+/// Random matrices; A has padded rows.
+struct Inputs {
+    x: Vec<bf16>,
+    w: Vec<bf16>,
+    b: Vec<bf16>,
+    a: Vec<bf16>,
+    a_cols: usize,
+    bias: Vec<bf16>,
+}
+
+impl Inputs {
+    fn new(case: Case, ranks: usize) -> Self {
+        let Case {
+            rows, depth, cols, ..
+        } = case;
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        let mut random = |len: usize| {
+            (0..len)
+                .map(|_| {
+                    state ^= state << 13;
+                    state ^= state >> 7;
+                    state ^= state << 17;
+                    bf16::from_f64((state >> 40) as f64 / f64::from(1 << 23) - 1.0)
+                })
+                .collect::<Vec<_>>()
+        };
+        let a_cols = depth.next_multiple_of(8);
+        Self {
+            x: random(rows * depth),
+            w: random(cols * depth),
+            b: random(cols * ranks),
+            a: random(ranks * a_cols),
+            a_cols,
+            bias: random(cols),
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = bf16> + '_ {
+        let Self {
+            x, w, b, a, bias, ..
+        } = self;
+        x.iter().chain(w).chain(b).chain(a).chain(bias).copied()
+    }
+}
+
+/// Runs all `cases` with `options`.
+fn check(options: Options, cases: &[(usize, usize, usize, usize)]) {
+    let Some(emulator) = Emulator::compile(options) else {
+        eprintln!("skipped: no C++ compiler here, neither $CXX nor c++");
+        return;
+    };
+    for &(rows, depth, cols, clusters) in cases {
+        emulator.check(Case {
+            rows,
+            depth,
+            cols,
+            clusters,
+        });
+    }
+}
+
+/// One step of the depth and several, of an odd number too; one tile; rows and columns that end within a tile; as many
+/// clusters as tiles, and fewer; and the last two with shares in several rounds, in one of which shares of a row wait for a
+/// cluster's next tile.
+const CASES: [(usize, usize, usize, usize); 8] = [
+    (1, 8, 8, 1),
+    (130, 72, 264, 2),
+    (300, 264, 520, 6),
+    (257, 576, 1100, 10),
+    (520, 136, 1300, 4),
+    (600, 10 * DEPTH, 520, 3),
+    (4200, 136, 700, 17),
+    (4200, 136, 500, 17),
+];
+
+#[test]
+fn tiles_make_s_and_use_it() {
+    check(
+        Options {
+            ranks: 16,
+            masked: false,
+            tail: false,
+        },
+        &CASES,
+    );
+}
+
+#[test]
+fn tiles_make_a_masked_s() {
+    check(
+        Options {
+            ranks: 16,
+            masked: true,
+            tail: false,
+        },
+        &CASES,
+    );
+}
+
+#[test]
+fn tiles_make_s_of_many_ranks() {
+    for masked in [false, true] {
+        check(
+            Options {
+                ranks: if masked { 32 } else { 64 },
+                masked,
+                tail: false,
+            },
+            &CASES[2..5],
+        );
+    }
+}
+
+#[test]
+fn several_clusters_make_the_last_tiles() {
+    let cases = [(520, 264, 1100, 7), (600, 10 * DEPTH, 1700, 5)];
+    for masked in [false, true] {
+        check(
+            Options {
+                ranks: 16,
+                masked,
+                tail: true,
+            },
+            &cases,
+        );
+    }
+}

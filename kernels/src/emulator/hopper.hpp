@@ -1,0 +1,122 @@
+// In the place of hopper.cuh. Addresses in shared memory are those in a block's own.
+struct TensorMap {
+  T* data;
+  int rows, cols, stride, box_rows;  // in elements; a box has 64 columns
+};
+constexpr int BOX_COLUMNS = 64;
+// A copy's element of a box in 128-byte rows, swizzled.
+inline u32 in_box(int row, int col) { return row * 128 + ((col / 8 ^ (row & 7)) << 4) + col % 8 * 2; }
+
+// A kernel has one of each.
+#define DYNAMIC_SHARED(name) unsigned char* name = running->block->shared + Block::STATIC_BYTES
+#define SHARED_BARRIERS(name, count) u64* name = reinterpret_cast<u64*>(running->block->shared)
+
+inline u32 shared_address(const void* p) { return (u32)((const unsigned char*)p - running->block->shared); }
+
+inline Barrier& barrier_of(Block* block, u32 bar) {
+  auto found = block->barriers.find(bar);
+  if (found == block->barriers.end()) fail("a barrier was not made");
+  return found->second;
+}
+inline void complete(Barrier& barrier) {
+  if (barrier.pending < 0) fail("more arrive at a barrier than it awaits");
+  if (barrier.pending || barrier.bytes) return;
+  barrier.phase ^= 1;
+  barrier.pending = barrier.count;
+  ++steps_taken;
+}
+inline void come(Block* block, u32 bar, long bytes) {
+  Barrier& barrier = barrier_of(block, bar);
+  barrier.bytes -= bytes;
+  complete(barrier);
+}
+inline void barrier_init(u32 bar, u32 count) { running->block->barriers[bar] = {(int)count, (int)count, 0, 0}; }
+inline void fence_barriers() {}
+inline void barrier_expect(u32 bar, u32 bytes) {
+  Barrier& barrier = barrier_of(running->block, bar);
+  barrier.bytes += bytes;
+  --barrier.pending;
+  complete(barrier);
+}
+inline void barrier_arrive_at(u32 bar, u32 block) {
+  Barrier& barrier = barrier_of(running->block->cluster_blocks[block], bar);
+  --barrier.pending;
+  complete(barrier);
+}
+inline void barrier_arrive(u32 bar) { barrier_arrive_at(bar, running->block->rank); }
+inline void barrier_wait(u32 bar, u32 parity) {
+  Barrier& barrier = barrier_of(running->block, bar);
+  while (barrier.phase == parity) yield();
+}
+inline void barrier_arrive_cluster(u32 bar, u32 block) { barrier_arrive_at(bar, block); }
+inline void barrier_wait_cluster(u32 bar, u32 parity) { barrier_wait(bar, parity); }
+
+inline void copy_box(Block* block, u32 dst, const TensorMap& map, int col, int row, u32 bar) {
+  if (dst % 1024) fail("a box begins at an odd place");
+  for (int r = 0; r < map.box_rows; ++r)
+    for (int c = 0; c < BOX_COLUMNS; ++c) {
+      T v = row + r < map.rows && col + c < map.cols ? map.data[(i64)(row + r) * map.stride + col + c] : 0;
+      memcpy(block->shared + dst + in_box(r, c), &v, sizeof v);
+    }
+  come(block, bar, map.box_rows * 128);
+}
+inline void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) { copy_box(running->block, dst, map, col, row, bar); }
+inline void load_box_once(u32 dst, const TensorMap& map, int col, int row, u32 bar) { load_box(dst, map, col, row, bar); }
+template <int SIZE>
+void load_box_for_cluster(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
+  for (int i = 0; i < SIZE; ++i) copy_box(running->block->cluster_blocks[i], dst, map, col, row, bar);
+}
+inline void prefetch_map(const TensorMap&) {}
+inline void prefetch_box(const TensorMap&, int, int) {}
+inline void load_bytes(u32 dst, const void* src, u32 bytes, u32 bar) {
+  if (dst % 16 || (u64)src % 16 || bytes % 16) fail("bytes are copied from or to an odd place");
+  memcpy(shared_at(dst), src, bytes);
+  come(running->block, bar, bytes);
+}
+inline void store_box(const TensorMap& map, int col, int row, u32 src) {
+  for (int r = 0; r < map.box_rows; ++r)
+    for (int c = 0; c < BOX_COLUMNS; ++c)
+      if (row + r < map.rows && col + c < map.cols) memcpy(&map.data[(i64)(row + r) * map.stride + col + c], shared_at(src + in_box(r, c)), sizeof(T));
+}
+inline void commit_stores() {}
+template <int PENDING>
+void await_stores_left() {}
+inline void await_stores() {}
+inline void fence_copies() {}
+inline void fence_shared() {}
+
+inline void cluster_arrive() {
+  Meeting& meeting = running->block->cluster->meeting;
+  running->cluster_time = meeting.times;
+  if (++meeting.come == 2 * MOST_WARPS * WARP) meeting.come = 0, ++meeting.times, ++steps_taken;
+}
+inline void cluster_arrive_early() { cluster_arrive(); }
+inline void cluster_wait() {
+  while (running->block->cluster->meeting.times == running->cluster_time) yield();
+}
+inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
+inline u32 block_in_cluster() { return running->block->rank; }
+
+// Lanes 8m to 8m + 7 have the addresses of the rows of matrix m; a lane has two elements of each.
+inline void ldmatrix(u32 (&r)[4], u32 address) {
+  Warp& warp = this_warp();
+  int lane = this_lane();
+  warp.given[lane][0] = address;
+  __syncwarp();
+  for (int m = 0; m < 4; ++m) memcpy(&r[m], shared_at(warp.given[8 * m + lane / 4][0] + lane % 4 * 4), 4);
+  __syncwarp();
+}
+inline void ldmatrix_transposed(u32 (&)[4], u32) { fail("ldmatrix.trans is not here"); }
+inline void store_matrix(u32 address, const u32* r) {
+  Warp& warp = this_warp();
+  int lane = this_lane();
+  warp.given[lane][0] = address;
+  __syncwarp();
+  for (int m = 0; m < 4; ++m) memcpy(shared_at(warp.given[8 * m + lane / 4][0] + lane % 4 * 4), &r[m], 4);
+  __syncwarp();
+}
+inline u32 load_shared_byte(u32 address) { return *shared_at(address); }
+template <int COUNT>
+void give_registers() {}
+template <int COUNT>
+void take_registers() {}

@@ -1,0 +1,171 @@
+// The card's machine on a CPU: blocks, warps and threads, and in the place of machine.cuh its instructions.
+//
+// A thread of the card is a fiber: it runs until it waits for others. What the card does behind a thread's back, copies
+// and products, is done at once when it is asked for; a wait for it then orders nothing but the threads. So a kernel that
+// ends here with the right results takes its steps in an order that can end, but may still lack a wait.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __cluster_dims__(...)
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __restrict__
+#define __align__(bytes)
+
+using std::max;
+using std::min;
+
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct uint2 {
+  u32 x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+template <class V>
+void __stcg(V* p, V v) { *p = v; }
+template <class V>
+V __ldcg(const V* p) { return *p; }
+inline u32 __umulhi(u32 a, u32 b) { return (u64)a * b >> 32; }
+inline u32 __funnelshift_l(u32 lo, u32 hi, u32 by) { return by % 32 ? hi << by % 32 | lo >> (32 - by % 32) : hi; }
+inline float __uint_as_float(u32 bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+inline u32 __float_as_uint(float f) {
+  u32 bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+[[noreturn]] inline void fail(const char* why) {
+  fprintf(stderr, "%s\n", why);
+  exit(1);
+}
+
+// ---- threads ---------------------------------------------------------------------------------
+constexpr int WARP = 32, WARPGROUP = 128, MOST_WARPS = 12;
+
+// Threads that go on when as many as are awaited have come.
+struct Meeting {
+  int come = 0;
+  u64 times = 0;
+};
+// A barrier in shared memory.
+struct Barrier {
+  int count, pending;
+  long bytes;
+  u32 phase;
+};
+struct Warp {
+  Meeting meeting;
+  u32 given[WARP][4];  // by its lanes to each other
+};
+struct Cluster {
+  Meeting meeting;
+};
+struct Block {
+  static constexpr int STATIC_BYTES = 1024, SHARED = 1 << 18;
+  int index, rank;  // of the grid, of the cluster
+  Cluster* cluster;
+  Block* cluster_blocks[2];
+  unsigned char* shared;  // first what is not dynamic
+  std::map<u32, Barrier> barriers;
+  Warp warps[MOST_WARPS];
+  Meeting warpgroups[MOST_WARPS * WARP / WARPGROUP], named[16];
+};
+struct Index {
+  u32 x;
+};
+struct Thread {
+  void* stack;
+  Block* block;
+  Index in_block, block_in_grid;
+  u64 cluster_time;
+  bool ended;
+};
+inline Thread* running;
+inline void* scheduler;
+inline u64 steps_taken;  // by any thread: what others may wait for
+
+#define threadIdx (running->in_block)
+#define blockIdx (running->block_in_grid)
+
+extern "C" void switch_stack(void** from, void* to);
+asm(R"(.text
+.globl switch_stack
+switch_stack:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+// Lets others run. Not inlined, so that nothing of the thread that runs is kept over it.
+__attribute__((noinline)) inline void yield() { switch_stack(&running->stack, scheduler); }
+
+inline void meet(Meeting& meeting, int count) {
+  u64 time = meeting.times;
+  if (++meeting.come == count) {
+    meeting.come = 0;
+    ++meeting.times;
+    ++steps_taken;
+  } else {
+    while (meeting.times == time) yield();
+  }
+}
+inline Warp& this_warp() { return running->block->warps[threadIdx.x / WARP]; }
+inline int this_lane() { return threadIdx.x % WARP; }
+inline void __syncwarp() { meet(this_warp().meeting, WARP); }
+inline void sync_warpgroup() { meet(running->block->warpgroups[threadIdx.x / WARPGROUP], WARPGROUP); }
+
+inline unsigned char* shared_at(u32 address) { return running->block->shared + address; }
+
+// ---- machine.cuh -----------------------------------------------------------------------------
+inline void await_previous() {}
+inline void start_next() {}
+inline void prefetch(const void*) {}
+inline float to_float(T v) { return __uint_as_float((u32)v << 16); }
+inline T from_float(float f) {
+  u32 bits = __float_as_uint(f);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline u32 pack_halves(float lo, float hi) { return from_float(lo) | (u32)from_float(hi) << 16; }
+inline void mma(float (&)[4], u32, u32, u32, u32, u32, u32) { fail("mma.sync is not here"); }
+inline u32 count_up(u32* flag, u32 by = 1) {
+  u32 old = *flag;
+  *flag += by;
+  ++steps_taken;
+  return old;
+}
+inline void await_count(const u32* flag, u32 count) {
+  while (*(const volatile u32*)flag < count) yield();
+}
+inline u32 signs_of_halves(u32 v) { return (v & 0x80 ? 0xff : 0) | (v & 0x800000 ? 0xff0000 : 0) | (v & 0x80 ? 0xff00 : 0) | (v & 0x800000 ? 0xff000000 : 0); }
+inline float zero_here() { return 0.f; }
+template <int COUNT>
+void sync_some(int id) { meet(running->block->named[id], COUNT); }
