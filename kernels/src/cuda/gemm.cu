@@ -5,8 +5,8 @@
 //
 // A cluster of two blocks makes 256 x 256 of the output, a block 128 x 256; the blocks share the
 // tiles of W by multicast. One warp loads through the tensor memory accelerator into STAGES
-// buffers; two warpgroups of 64 rows each multiply from there (wgmma) with the sums in registers.
-// Blocks stay for several tiles; a tile is stored while the next one multiplies.
+// buffers; two warpgroups of 64 rows each multiply from there (wgmma) with the sums in registers (math.cuh).
+// Blocks stay for several tiles (walk.cuh); a tile is stored while the next one multiplies (output.cuh).
 //
 // Without dropout the rank is further depth. With a mask that is read as bits (DROPOUT 2, backward) it comes first, and the
 // sums are masked before the depth is added; with one that is drawn while wgmma runs (DROPOUT 1, forward), and in tiles that
@@ -14,18 +14,9 @@
 // RANK_STEPS = the rank's last 1 to 4 steps of 16.
 //
 // DOWN 1 (DROPOUT 0 or 2): q is not given, the first tiles of all rows make it from the input that they read anyway
-// (down.cuh). DOWN 2 (forward, DROPOUT 0): the same of the input under `dropout`.
+// (down.cuh, making.cuh). DOWN 2 (forward, DROPOUT 0): the same of the input under `dropout`.
 // TAIL: the tiles that are left after whole waves are made by several clusters each (tail.cuh).
 // SIDE: gradients of the adapter are made beside (side.cuh).
-
-// A place in the ring of stages.
-struct Ring {
-  int stage = 0;
-  u32 parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gemm(
     const __grid_constant__ TensorMap input_map,   // [rows, depth], box 64 x 128
@@ -171,36 +162,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
   } else {
     take_registers<MATH_REGISTERS>();
-    int math = warpgroup - 1, thread = threadIdx.x % 128, lane = thread & 31, warp = thread / 32;
-    u32 buffers = stores + (math * 4 + warp) * 2 * STORE_BYTES;
-    Ring ring;
-    u32 out[TILE_COLS / 4];  // the tile before, rounded
-    Tile last = {0, 0};
-    bool waiting = false;
-    // In boxes of 64 columns by the warp's 16 rows, swizzled: one is filled while the copy engine
-    // reads the other, and no warp waits for another.
-    auto store = [&](int box) {
-      u32 to = buffers + box % 2 * STORE_BYTES;
-      if (lane == 0) await_stores_left<1>();
-      __syncwarp();
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) store_matrix(swizzled(to, lane & 15, pair * 2 + (lane >> 4)), &out[box * 16 + pair * 4]);  // 16 columns
-      fence_shared();
-      __syncwarp();
-      if (lane == 0) {
-        store_box(out_map, last.col + box * 64, last.row + math * 64 + warp * 16, to);
-        commit_stores();
-      }
-    };
-    auto store_half = [&](int half) { store(half * 2), store(half * 2 + 1); };
-    auto stored = [&] {
-      if (waiting) store_half(0), store_half(1);
-      waiting = false;
-      if (lane == 0) await_stores_left<0>();
-    };
-    float d[128];
+    Math math(stages, full, empty);
+    Output output(out_map, stores, math);
+    int lane = math.lane;
     Tile tile;
-    int row0, previous;  // of the warp; the stage before
+    int row0;  // of the warp
 #if DROPOUT == 1
     u64 first;  // word
     int rows8 = (cols + 127) / 128 * 32;
@@ -210,72 +176,39 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
     auto begin = [&](int index) {
       tile = walk.at(index, block);
-      row0 = tile.row + math * 64 + warp * 16;
+      row0 = tile.row + math.group * 64 + math.warp * 16;
 #if DROPOUT == 1
       first = first_word(row0 + (lane >> 2), tile.col, cols) + (lane & 3);
 #endif
     };
-    auto release = [&](int stage) {
-      if (thread < CLUSTER) barrier_arrive_at(empty + 8 * stage, thread);
-    };
-    auto multiply = [&](u32 at, bool add) {
-      u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
-      u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
-#pragma unroll
-      for (int step = 0; step < TILE_DEPTH / 16; ++step) wgmma<BACKWARD>(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, add || step > 0);
-    };
-    auto multiply_rank = [&](u32 at, bool add) {
-      u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16);
-      u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < RANK_STEPS; ++step) wgmma<BACKWARD>(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, add || step > 0);
-      wgmma_commit();
-    };
     // The rank as the last block, behind `turns` others of which the last may be in flight.
     auto add_rank = [&](int turns, auto is_flying) {
       constexpr bool FLYING = decltype(is_flying)::value;
-      u32 at = stages + ring.stage * STAGE_BYTES;
 #if DROPOUT
       if constexpr (FLYING) {
         wgmma_wait<0>();
-        release(previous);
+        math.release(math.previous);
       }
 #if DROPOUT == 1
       for (int i = max(turns - 2, 0); i < DRAWS; ++i) keep.draw(dropout, first, i, rows8);
 #endif
-      barrier_wait(full + 8 * ring.stage, ring.parity);
-      add_masked_rank(d, at + (math * 64 + warp * 16) * 128, at + INPUT_BYTES, keep, DROPOUT == 1 ? dropout.scale : 1.f, lane);
-      sync_some<128>(math + 1);
+      math.await();
+      u32 at = math.at(math.ring.stage);
+      add_masked_rank(math.d, at + (math.group * 64 + math.warp * 16) * 128, at + INPUT_BYTES, keep, DROPOUT == 1 ? dropout.scale : 1.f, lane);
+      sync_some<128>(math.group + 1);
 #else
-      barrier_wait(full + 8 * ring.stage, ring.parity);
-      multiply_rank(at, true);
+      math.await();
+      math.multiply_rank(math.ring.stage, true);
       if constexpr (FLYING) {
         wgmma_wait<1>();
-        release(previous);
+        math.release(math.previous);
       }
       wgmma_wait<0>();
 #endif
-      release(ring.stage);
-      ring.next();
+      math.release(math.ring.stage);
+      math.ring.next();
     };
-    // Rounded at once, which frees the sums for the next tile; stored while that multiplies.
-    auto round = [&] {
-#pragma unroll
-      for (int tile8 = 0; tile8 < TILE_COLS / 8; ++tile8) {
-        float* v = &d[tile8 * 4];
-        if (bias) {
-          int col = tile.col + tile8 * 8 + 2 * (lane & 3);
-          u32 two = col < cols ? *reinterpret_cast<const u32*>(bias + col) : 0;
-          float lo = to_float((T)(two & 0xffff)), hi = to_float((T)(two >> 16));
-          v[0] += lo, v[1] += hi, v[2] += lo, v[3] += hi;
-        }
-        out[tile8 * 2] = pack_halves(v[0], v[1]);
-        out[tile8 * 2 + 1] = pack_halves(v[2], v[3]);
-      }
-      last = tile;
-      waiting = true;
-    };
+    auto round = [&] { output.round(math.d, tile, bias, cols); };
 
     int index = cluster;
 #if DOWN
@@ -284,126 +217,32 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       begin(index);
       Share share(down, tile.col / TILE_COLS, making_blocks);
       float low[2 * RANK_STEPS][4];  // of q
-      int turn = 0;
-      bool flying = false;
-      auto release_previous = [&] {
-        if (flying) release(previous);
-        flying = true;
-      };
-      // `during` runs while the step is multiplied.
-      auto other_step = [&](auto during) {
-        int stage = ring.stage;
-        barrier_wait(full + 8 * stage, ring.parity);
-        ring.next();
-        wgmma_fence();
-        multiply(stages + stage * STAGE_BYTES, turn > 0);
-        wgmma_commit();
-        during();
-        wgmma_wait<1>();
-        release_previous();
-        previous = stage;
-        ++turn;
-      };
-      auto finish_steps = [&] {
-        wgmma_wait<0>();
-        if (flying) release(previous);
-        flying = false;
-      };
-      while (turn < share.delay / 2)
-        other_step([&] {
-          if (!waiting) return;
-          if (turn == 0) store_half(0);
-          if (turn == 1) store_half(1), waiting = false;
+      Making making(math, share, stores, low);
+      while (making.turn < share.delay / 2)
+        making.other_step([&] {
+          if (!output.waiting) return;
+          if (making.turn == 0) output.store_half(0);
+          if (making.turn == 1) output.store_half(1), output.waiting = false;
         });
-      stored();  // its buffers are for what makes q
+      output.finish();  // its buffers are for what makes q
       if (lane == 0) barrier_arrive(drained);
       if (DOWN == 2 || RANK_STEPS > 1) {
         // So that they have registers from here on only; not while products are under way, and not later.
-        finish_steps();
+        making.finish();
 #pragma unroll
         for (int n = 0; n < 2 * RANK_STEPS; ++n)
 #pragma unroll
           for (int c = 0; c < 4; ++c) low[n][c] = zero_here();
       }
-      // After every 16 of the depth of a step of its own.
-      auto own_step = [&](int i, auto after) {
-        int stage = ring.stage;
-        u32 at = stages + stage * STAGE_BYTES;
-        u64 input = descriptor(at + math * (INPUT_BYTES / 2), 16), factor = descriptor(stores + stage * DOWN_BYTES, 16);
-        u64 weight = descriptor(at + INPUT_BYTES, BACKWARD ? WEIGHT_COLS_BYTES : 16);
-        barrier_wait(full + 8 * stage, ring.parity);
-        ring.next();
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < TILE_DEPTH / 16; ++step) {
-          wgmma<BACKWARD>(d, input + step * DEPTH_STEP, weight + step * WEIGHT_STEP, turn > 0 || step > 0);
-          after(step, input + step * DEPTH_STEP, factor + step * DEPTH_STEP, i > 0 || step > 0);
-        }
-        wgmma_commit();
-        previous = stage;
-        ++turn;
-      };
 #if DOWN == 2
-      constexpr int STEPS = TILE_DEPTH / 16;
-      // Words of rows g and g + 8 for 128 columns, two steps: of those at hand, and of the next.
-      u32 words[2], drawn[2];
-      // Word `i` of its own; the two of a pair of steps are drawn during the two steps before.
-      auto draw = [&](int i) {
-        drawn[0] = drawn[1];
-        drawn[1] = kept_word(dropout, first_word(row0 + (lane >> 2) + i % 2 * 8, (share.own + i) * TILE_DEPTH, depth) + (lane & 3));
-      };
-      // The input of step `i` of its own, which is the next, as left operands.
-      auto mask = [&](u32 (&x)[STEPS][4], int i) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) words[h] = i % 2 == 0 ? drawn[h] : words[h] >> 8;
-        if (i + 2 < share.steps) draw(i + 2);
-        barrier_wait(full + 8 * ring.stage, ring.parity);
-        u32 input = stages + ring.stage * STAGE_BYTES + (math * 64 + warp * 16) * 128;
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-          ldmatrix(x[step], swizzled(input, lane & 15, 2 * step + (lane >> 4)));
-#pragma unroll
-          for (int r = 0; r < 4; ++r) x[step][r] = drop_halves(x[step][r], words[r % 2], 2 * step + r / 2);
-        }
-      };
-      auto masked_step = [&](auto is_last, u32 (&x)[STEPS][4], u32 (&next)[STEPS][4], int i) {
-        own_step(i, [&](int step, u64, u64 factor, bool add) {
-          wgmma_narrow<false>(low, x[step], factor, add);
-          if (step != STEPS - 2) return;
-          // Most of this step is under way, and the one before, whose registers are the next one's, is done.
-          int stage = previous;
-          wgmma_wait<0>();
-          if (flying) release(stage);
-          flying = true;
-          if (!decltype(is_last)::value) mask(next, i + 1);
-        });
-      };
-      for (int i = 0; i < 2 - share.before + turn; ++i) draw(i);
-      while (turn < share.before)
-        other_step([&] {
-          if (turn >= share.before - 2) draw(turn - share.before + 2);
-        });
-      u32 x[2][STEPS][4];
-      mask(x[0], 0);
-      int i = 0;
-      for (; i < share.steps - 2; i += 2) masked_step(No{}, x[0], x[1], i), masked_step(No{}, x[1], x[0], i + 1);
-      masked_step(No{}, x[0], x[1], i), masked_step(Yes{}, x[1], x[0], i + 1);
+      making.steps(dropout, row0, depth);
 #else
-      while (turn < share.before) other_step([] {});
-      for (int i = 0; i < share.steps; ++i) {
-        int before = previous;
-        own_step(i, [&](int, u64 input, u64 factor, bool add) { wgmma_narrow(low, input, factor, add); });
-        wgmma_wait<1>();
-        if (flying) release(before);
-        flying = true;
-      }
+      making.steps();
 #endif
-      // The sums of q must be plain registers where the tile does not add to them.
-      finish_steps();
       give_share(low, down, flags, share.index, row0, lane);
       if (lane == 0) barrier_arrive(given);
-      while (turn < making_blocks) other_step([] {});
-      finish_steps();
+      while (making.turn < making_blocks) making.other_step([] {});
+      making.finish();
 #if DROPOUT == 2
       keep.load(kept, row0, rows, tile.col, cols, lane);
 #endif
@@ -418,70 +257,70 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (; index < whole; index += busy) {
       begin(index);
 #if DROPOUT == 2
-      barrier_wait(full + 8 * ring.stage, ring.parity);
+      math.await();
       if (!loaded) keep.load(kept, row0, rows, tile.col, cols, lane);
-      multiply_rank(stages + ring.stage * STAGE_BYTES, false);
+      math.multiply_rank(math.ring.stage, false);
       wgmma_wait<0>();
-      release(ring.stage);
-      ring.next();
-      mask_rank(d, keep);
+      math.release(math.ring.stage);
+      math.ring.next();
+      mask_rank(math.d, keep);
 #endif
-      for (int k = 0; k < full_blocks; ++k, ring.next()) {
-        barrier_wait(full + 8 * ring.stage, ring.parity);
+      for (int k = 0; k < full_blocks; ++k, math.ring.next()) {
+        math.await();
         wgmma_fence();
-        multiply(stages + ring.stage * STAGE_BYTES, DROPOUT == 2 || k > 0);
+        math.multiply(math.ring.stage, DROPOUT == 2 || k > 0);
         wgmma_commit();
-        if (waiting) {
-          if (k == 0) store_half(0);
-          if (k == 1 || full_blocks == 1) store_half(1), waiting = false;
+        if (output.waiting) {
+          if (k == 0) output.store_half(0);
+          if (k == 1 || full_blocks == 1) output.store_half(1), output.waiting = false;
         }
 #if DROPOUT == 1
         if (k >= 2 && k < DRAWS + 2) keep.draw(dropout, first, k - 2, rows8);
 #elif DROPOUT == 2
         if (k == full_blocks / 2 && index + busy < tiles) {
           Tile next = walk.at(index + busy, block);
-          keep.load(kept, next.row + math * 64 + warp * 16, rows, next.col, cols, lane);
+          keep.load(kept, next.row + math.group * 64 + math.warp * 16, rows, next.col, cols, lane);
           loaded = true;
         }
 #endif
         wgmma_wait<1>();
-        if (k > 0) release(previous);
-        previous = ring.stage;
+        if (k > 0) math.release(math.previous);
+        math.previous = math.ring.stage;
       }
 #if DROPOUT == 2
       wgmma_wait<0>();
-      release(previous);
+      math.release(math.previous);
 #else
       add_rank(full_blocks, Yes{});
 #endif
       round();
     }
-    stored();
+    output.finish();
 #if TAIL
     if (index < pieces) {
       Piece piece = piece_at(tail, index, depth_blocks);
       begin(piece.tile);
-      for (int k = piece.from; k < piece.to; ++k, ring.next()) {
-        barrier_wait(full + 8 * ring.stage, ring.parity);
+      for (int k = piece.from; k < piece.to; ++k, math.ring.next()) {
+        math.await();
         wgmma_fence();
-        multiply(stages + ring.stage * STAGE_BYTES, k > piece.from);
+        math.multiply(math.ring.stage, k > piece.from);
         wgmma_commit();
         wgmma_wait<1>();
-        if (k > piece.from) release(previous);
-        previous = ring.stage;
+        if (k > piece.from) math.release(math.previous);
+        math.previous = math.ring.stage;
       }
       if (piece.to == depth_blocks) {
         add_rank(piece.to, Yes{});
       } else {
         wgmma_wait<0>();
-        release(previous);
+        math.release(math.previous);
       }
-      exchange(d, tail, piece, flags, (block * 2 + math) * 4 + warp, lane);
+      exchange(math.d, tail, piece, flags, (block * 2 + math.group) * 4 + math.warp, lane);
       round();
 #pragma unroll
       for (int box = 0; box < 4; ++box)
-        if (owns_box(tail, piece, box)) store(box);
-      waiting = false;
+        if (owns_box(tail, piece, box)) output.store(box);
+      output.waiting = false;
     }
 #endif
 #if SIDE

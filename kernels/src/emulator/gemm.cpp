@@ -15,9 +15,12 @@
 #include "wgmma.hpp"
 
 #include "../cuda/gemm.cuh"
+#include "../cuda/math.cuh"
 #include "../cuda/walk.cuh"
+#include "../cuda/output.cuh"
 #include "../cuda/flags.cuh"
 #include "../cuda/down.cuh"
+#include "../cuda/making.cuh"
 #include "../cuda/tail.cuh"
 #include "../cuda/rank.cuh"
 
