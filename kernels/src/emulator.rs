@@ -22,7 +22,7 @@ use crate::tail::Tail;
 
 const SCALE: f64 = 0.375;
 
-/// A forward of `[rows, depth]` to `cols` columns on a card that holds `clusters`.
+/// A product of `[rows, depth]` with `cols` columns on a card that holds `clusters`.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     rows: usize,
@@ -34,7 +34,9 @@ struct Case {
 /// The kernel's options.
 #[derive(Clone, Copy, Debug)]
 struct Options {
+    product: Product,
     ranks: usize,
+    /// Of the input forward, of the adapter's part of the output backward.
     masked: bool,
     tail: bool,
 }
@@ -55,14 +57,16 @@ impl Emulator {
     /// Compiled by `$CXX` or `c++`; none where there is no such compiler.
     fn compile(options: Options) -> Option<Self> {
         let Options {
+            product,
             ranks,
             masked,
             tail,
         } = options;
+        let backward = product == Product::Backward;
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
         let mut words = compiler.split_whitespace();
         let name = format!(
-            "lora-emulator-{}-{ranks}-{masked}-{tail}",
+            "lora-emulator-{}-{product:?}-{ranks}-{masked}-{tail}",
             std::process::id()
         );
         let path = std::env::temp_dir().join(name);
@@ -70,10 +74,10 @@ impl Emulator {
         let defines = [
             ("DTYPE", 1),
             ("ALIGNED", 1),
-            ("BACKWARD", 0),
-            ("DROPOUT", 0),
+            ("BACKWARD", usize::from(backward)),
+            ("DROPOUT", if masked && backward { 2 } else { 0 }),
             ("RANK_STEPS", ranks / 16),
-            ("DOWN", if masked { 2 } else { 1 }),
+            ("DOWN", if masked && !backward { 2 } else { 1 }),
             ("SIDE", 0),
             ("TAIL", usize::from(tail)),
         ];
@@ -100,7 +104,7 @@ impl Emulator {
         let (tile_rows, tile_cols) = (rows.div_ceil(TILE), cols.div_ceil(TILE));
         let tiles = tile_rows * tile_cols;
         let tiling = |busy| Tiling {
-            product: Product::Forward,
+            product: self.options.product,
             rows: tile_rows,
             cols: tile_cols,
             busy,
@@ -176,14 +180,21 @@ impl Emulator {
         let Case {
             rows, depth, cols, ..
         } = case;
-        let ranks = self.options.ranks;
-        let p = if self.options.masked { 0.25 } else { 0.0 };
+        let Options {
+            product,
+            ranks,
+            masked,
+            ..
+        } = self.options;
+        let forward = product == Product::Forward;
+        let p = if masked { 0.25 } else { 0.0 };
         let dropout = Dropout::new(Place::Pre, p, 0x1234_5678_9abc, 5, 7).expect("a probability");
         let mask = Dropout::at(Some(dropout), Place::Pre).unwrap_or(Mask {
             scale: 1.0,
             ..Mask::default()
         });
-        let inputs = Inputs::new(case, ranks);
+        let factor = |row: usize, col, width| f64::from(dropout.factor(row as u64, col, width));
+        let inputs = Inputs::new(case, product, ranks);
         let (s, out) = self.run(case, mask, &inputs);
         let close = |what: &str, row: usize, col: usize, found: bf16, expected: f64| {
             let error = (found.to_f64() - expected).abs();
@@ -196,20 +207,35 @@ impl Emulator {
         for row in 0..rows {
             let x = &inputs.x[row * depth..][..depth];
             let kept: Vec<f64> = (0..depth)
-                .map(|k| x[k].to_f64() * f64::from(dropout.factor(row as u64, k, depth)))
+                .map(|k| x[k].to_f64() * if forward { factor(row, k, depth) } else { 1.0 })
                 .collect();
             let s = &s[row * ranks..][..ranks];
             for (rank, &found) in s.iter().enumerate() {
                 let a = &inputs.a[rank * inputs.a_cols..][..depth];
                 let sum: f64 = kept.iter().zip(a).map(|(x, a)| x * a.to_f64()).sum();
-                close("S", row, rank, found, SCALE * sum);
+                close("q", row, rank, found, SCALE * sum);
             }
             // A part of the columns, another for every row; S as it was rounded.
             for col in (row % 7..cols).step_by(7) {
-                let w = &inputs.w[col * depth..][..depth];
-                let b = &inputs.b[col * ranks..][..ranks];
-                let base: f64 = x.iter().zip(w).map(|(x, w)| x.to_f64() * w.to_f64()).sum();
-                let low: f64 = s.iter().zip(b).map(|(s, b)| s.to_f64() * b.to_f64()).sum();
+                let w = |k: usize| {
+                    inputs.w[if forward {
+                        col * depth + k
+                    } else {
+                        k * cols + col
+                    }]
+                };
+                let p = |j: usize| {
+                    inputs.p[if forward {
+                        col * ranks + j
+                    } else {
+                        j * inputs.p_cols + col
+                    }]
+                };
+                let base: f64 = (0..depth).map(|k| x[k].to_f64() * w(k).to_f64()).sum();
+                let mut low: f64 = (0..ranks).map(|j| s[j].to_f64() * p(j).to_f64()).sum();
+                if !forward && factor(row, col, cols) == 0.0 {
+                    low = 0.0;
+                }
                 let expected = base + low + inputs.bias[col].to_f64();
                 close("the output", row, col, out[row * cols + col], expected);
             }
@@ -217,18 +243,20 @@ impl Emulator {
     }
 }
 
-/// Random matrices; A has padded rows.
+/// Random matrices, as the launcher has them: W and p are transposed backward, and p and `a`, which makes q, have padded
+/// rows there.
 struct Inputs {
     x: Vec<bf16>,
     w: Vec<bf16>,
-    b: Vec<bf16>,
+    p: Vec<bf16>,
+    p_cols: usize,
     a: Vec<bf16>,
     a_cols: usize,
     bias: Vec<bf16>,
 }
 
 impl Inputs {
-    fn new(case: Case, ranks: usize) -> Self {
+    fn new(case: Case, product: Product, ranks: usize) -> Self {
         let Case {
             rows, depth, cols, ..
         } = case;
@@ -244,10 +272,15 @@ impl Inputs {
                 .collect::<Vec<_>>()
         };
         let a_cols = depth.next_multiple_of(8);
+        let (p_rows, p_cols) = match product {
+            Product::Forward => (cols, ranks),
+            Product::Backward => (ranks, cols.next_multiple_of(8)),
+        };
         Self {
             x: random(rows * depth),
             w: random(cols * depth),
-            b: random(cols * ranks),
+            p: random(p_rows * p_cols),
+            p_cols,
             a: random(ranks * a_cols),
             a_cols,
             bias: random(cols),
@@ -256,9 +289,9 @@ impl Inputs {
 
     fn all(&self) -> impl Iterator<Item = bf16> + '_ {
         let Self {
-            x, w, b, a, bias, ..
+            x, w, p, a, bias, ..
         } = self;
-        x.iter().chain(w).chain(b).chain(a).chain(bias).copied()
+        x.iter().chain(w).chain(p).chain(a).chain(bias).copied()
     }
 }
 
@@ -292,41 +325,37 @@ const CASES: [(usize, usize, usize, usize); 8] = [
     (4200, 136, 500, 17),
 ];
 
+const FORWARD: Options = Options {
+    product: Product::Forward,
+    ranks: 16,
+    masked: false,
+    tail: false,
+};
+const BACKWARD: Options = Options {
+    product: Product::Backward,
+    ..FORWARD
+};
+
 #[test]
 fn tiles_make_s_and_use_it() {
-    check(
-        Options {
-            ranks: 16,
-            masked: false,
-            tail: false,
-        },
-        &CASES,
-    );
+    check(FORWARD, &CASES);
 }
 
 #[test]
 fn tiles_make_a_masked_s() {
-    check(
-        Options {
-            ranks: 16,
-            masked: true,
-            tail: false,
-        },
-        &CASES,
-    );
+    let masked = true;
+    check(Options { masked, ..FORWARD }, &CASES);
 }
 
 #[test]
 fn tiles_make_s_of_many_ranks() {
-    for masked in [false, true] {
-        check(
-            Options {
-                ranks: if masked { 32 } else { 64 },
-                masked,
-                tail: false,
-            },
-            &CASES[2..5],
-        );
+    for (ranks, masked) in [(64, false), (32, true)] {
+        let options = Options {
+            ranks,
+            masked,
+            ..FORWARD
+        };
+        check(options, &CASES[2..5]);
     }
 }
 
@@ -334,13 +363,18 @@ fn tiles_make_s_of_many_ranks() {
 fn several_clusters_make_the_last_tiles() {
     let cases = [(520, 264, 1100, 7), (600, 10 * DEPTH, 1700, 5)];
     for masked in [false, true] {
-        check(
-            Options {
-                ranks: 16,
-                masked,
-                tail: true,
-            },
-            &cases,
-        );
+        let options = Options {
+            masked,
+            tail: true,
+            ..FORWARD
+        };
+        check(options, &cases);
+    }
+}
+
+#[test]
+fn tiles_make_the_gradient_of_s() {
+    for masked in [false, true] {
+        check(Options { masked, ..BACKWARD }, &CASES[..6]);
     }
 }

@@ -109,6 +109,12 @@ __device__ __forceinline__ u32 signs_of_halves(u32 v) {
   asm("prmt.b32 %0, %1, %1, 0xaa88;" : "=r"(signs) : "r"(v));
   return signs;
 }
+// Loads a word at this place in the program.
+__device__ __forceinline__ u32 load_here(const u32* p) {
+  u32 v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
 // Zero, at this place in the program.
 __device__ __forceinline__ float zero_here() {
   float zero;

@@ -17,7 +17,7 @@ struct Keep {
     for (int i = 0; i < 4; ++i) {
       int row = row0 + (i & 1) * 8 + (lane >> 2), col = col0 + (i >> 1) * 128;
       words[i] = 0;
-      if (row < rows && col < cols) asm volatile("ld.global.u32 %0, [%1];" : "=r"(words[i]) : "l"(bits_at(keep, row, col, cols) + (lane & 3)));
+      if (row < rows && col < cols) words[i] = load_here(bits_at(keep, row, col, cols) + (lane & 3));
     }
   }
 #endif

@@ -1,7 +1,7 @@
-// Runs gemm.cu, forward and with q made by the launch, on a CPU; see emulator.rs.
+// Runs gemm.cu, with q made by the launch, on a CPU; see emulator.rs.
 //
-// Arguments: the numbers that the launcher gives the kernel. Standard input: x, W, B, A and the bias, all bf16. Standard
-// output: q and the output.
+// Arguments: the numbers that the launcher gives the kernel. Standard input: the input, W, p, down and the bias, all bf16.
+// Standard output: q and the output.
 #include "../cuda/element.cuh"
 
 #include "machine.hpp"
@@ -34,9 +34,10 @@ static Flags flags;
 static Down down;
 static Tail tail;
 static std::vector<T> bias;
+static std::vector<u32> kept;
 
 static void run_thread() {
-  gemm(input_map, weight_map, q_map, p_map, out_map, down_map, input_map, input_map, bias.data(), rows, cols, depth, RANK, busy, dropout, nullptr, flags, down, Side{}, tail);
+  gemm(input_map, weight_map, q_map, p_map, out_map, down_map, input_map, input_map, bias.data(), rows, cols, depth, RANK, busy, dropout, kept.data(), flags, down, Side{}, tail);
   running->ended = true;
   ++steps_taken;
   yield();
@@ -65,16 +66,24 @@ int main(int count, char** arguments) {
     if (fread(v.data(), sizeof(T), size, stdin) != size) fail("the input is too short");
     return v;
   };
-  int down_cols = (depth + 7) / 8 * 8;
-  auto x = read((size_t)rows * depth), w = read((size_t)cols * depth), b = read((size_t)cols * RANK), a = read((size_t)RANK * down_cols);
+  int down_cols = (depth + 7) / 8 * 8, p_cols = BACKWARD ? (cols + 7) / 8 * 8 : RANK, p_rows = BACKWARD ? RANK : cols;
+  auto x = read((size_t)rows * depth), w = read((size_t)cols * depth), p = read((size_t)p_rows * p_cols), a = read((size_t)RANK * down_cols);
   bias = read(cols);
   std::vector<T> q((size_t)rows * RANK, 0xffff), out((size_t)rows * cols, 0xffff);
   int cluster_rows = (rows + 255) / 256, tiles = cluster_rows * ((cols + 255) / 256), pieces = (tiles - tail.first) * tail.split;
   std::vector<u32> words(1 + 4 * cluster_rows + max(0, tiles - tail.first) * CLUSTER_WARPS);
   std::vector<float> partial((size_t)down.shares * cluster_rows * 256 * RANK, NAN), sums((size_t)max(0, pieces) * CLUSTER * TILE_ROWS * TILE_COLS + 4, NAN);
   down.q = q.data(), down.partial = partial.data(), tail.sums = sums.data(), flags = {words.data(), cluster_rows};
-  input_map = {x.data(), rows, depth, depth, 128}, weight_map = {w.data(), cols, depth, depth, 128}, q_map = {q.data(), rows, RANK, RANK, 128};
-  p_map = {b.data(), cols, RANK, RANK, 128}, out_map = {out.data(), rows, cols, cols, 16}, down_map = {a.data(), RANK, depth, down_cols, RANK};
+  int box_rows = BACKWARD ? TILE_DEPTH : 128;
+  input_map = {x.data(), rows, depth, depth, 128}, q_map = {q.data(), rows, RANK, RANK, 128};
+  weight_map = BACKWARD ? TensorMap{w.data(), depth, cols, cols, box_rows} : TensorMap{w.data(), cols, depth, depth, box_rows};
+  p_map = {p.data(), p_rows, BACKWARD ? cols : RANK, p_cols, box_rows}, out_map = {out.data(), rows, cols, cols, 16}, down_map = {a.data(), RANK, depth, down_cols, RANK};
+
+#if DROPOUT == 2
+  kept.resize((size_t)(rows + 31) / 32 * ((cols + 127) / 128) * 32 * 4);
+  for (int unit = 0; unit < (rows + 31) / 32 * ((cols + 127) / 128); ++unit)
+    for (int lane = 0; lane < WARP; ++lane) store_bits(dropout, kept.data(), unit, rows, cols, lane);
+#endif
 
   std::vector<Cluster> clusters(busy);
   std::vector<Block> blocks(CLUSTER * busy);

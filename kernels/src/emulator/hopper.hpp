@@ -106,7 +106,19 @@ inline void ldmatrix(u32 (&r)[4], u32 address) {
   for (int m = 0; m < 4; ++m) memcpy(&r[m], shared_at(warp.given[8 * m + lane / 4][0] + lane % 4 * 4), 4);
   __syncwarp();
 }
-inline void ldmatrix_transposed(u32 (&)[4], u32) { fail("ldmatrix.trans is not here"); }
+// A lane has two elements of a column.
+inline void ldmatrix_transposed(u32 (&r)[4], u32 address) {
+  Warp& warp = this_warp();
+  int lane = this_lane();
+  warp.given[lane][0] = address;
+  __syncwarp();
+  for (int m = 0; m < 4; ++m) {
+    T two[2];
+    for (int i = 0; i < 2; ++i) memcpy(&two[i], shared_at(warp.given[8 * m + lane % 4 * 2 + i][0] + lane / 4 * 2), sizeof(T));
+    r[m] = two[0] | (u32)two[1] << 16;
+  }
+  __syncwarp();
+}
 inline void store_matrix(u32 address, const u32* r) {
   Warp& warp = this_warp();
   int lane = this_lane();

@@ -73,7 +73,7 @@ struct Barrier {
 };
 struct Warp {
   Meeting meeting;
-  u32 given[WARP][4];  // by its lanes to each other
+  u32 given[WARP][6];  // by its lanes to each other
 };
 struct Cluster {
   Meeting meeting;
@@ -155,7 +155,18 @@ inline T from_float(float f) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline u32 pack_halves(float lo, float hi) { return from_float(lo) | (u32)from_float(hi) << 16; }
-inline void mma(float (&)[4], u32, u32, u32, u32, u32, u32) { fail("mma.sync is not here"); }
+// The half `k` of those that the lanes of a quad, the first of which is `lane`, have in their words `low` and `high`.
+inline float half_of(const Warp& warp, int lane, int low, int high, int k) { return to_float(warp.given[lane + k % 8 / 2][k < 8 ? low : high] >> 16 * (k & 1)); }
+inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  Warp& warp = this_warp();
+  int lane = this_lane();
+  u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(warp.given[lane], mine, sizeof mine);
+  __syncwarp();
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) c[i] += half_of(warp, lane / 4 * 4, i / 2, 2 + i / 2, k) * half_of(warp, (lane % 4 * 2 + i % 2) * 4, 4, 5, k);
+  __syncwarp();
+}
 inline u32 count_up(u32* flag, u32 by = 1) {
   u32 old = *flag;
   *flag += by;
@@ -166,6 +177,7 @@ inline void await_count(const u32* flag, u32 count) {
   while (*(const volatile u32*)flag < count) yield();
 }
 inline u32 signs_of_halves(u32 v) { return (v & 0x80 ? 0xff : 0) | (v & 0x800000 ? 0xff0000 : 0) | (v & 0x80 ? 0xff00 : 0) | (v & 0x800000 ? 0xff000000 : 0); }
+inline u32 load_here(const u32* p) { return *p; }
 inline float zero_here() { return 0.f; }
 template <int COUNT>
 void sync_some(int id) { meet(running->block->named[id], COUNT); }
