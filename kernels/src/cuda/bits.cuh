@@ -27,7 +27,7 @@ __device__ __forceinline__ void store_bits(const Dropout& d, u32* keep, int unit
   if (row >= rows) return;
   Vec bits;
 #pragma unroll
-  for (int t = 0; t < 4; ++t) bits.w[t] = kept_word(d, 4 * ((u64)row * groups + unit % groups) + t);
+  for (int t = 0; t < 4; ++t) bits.w[t] = kept_word(d, first_word(row, unit % groups * 128, cols) + t);
   *reinterpret_cast<Vec*>(keep + ((i64)unit * 32 + lane) * 4) = bits;
 }
 
