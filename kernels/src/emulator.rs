@@ -1,7 +1,7 @@
 //! The Hopper kernel on a CPU: `gemm.cu` as it is, between headers that do what the card's instructions do.
 //!
-//! No card is needed to see that its threads do not wait for each other forever and that `S` and the output are right. What
-//! such a run cannot see: a wait for a copy or a product that is missing, and everything about time.
+//! No card is needed to see that its threads do not wait for each other forever, that they wait for what the card does for
+//! them, and that `S` and the output are right. Such a run sees nothing of time, nor of what fences order.
 
 use std::ffi::OsStr;
 use std::fs;

@@ -38,19 +38,20 @@ static std::vector<u32> kept;
 
 static void run_thread() {
   gemm(input_map, weight_map, q_map, p_map, out_map, down_map, input_map, input_map, bias.data(), rows, cols, depth, RANK, busy, dropout, kept.data(), flags, down, Side{}, tail);
+  if (running->products.size() > 1 || running->stores.size() > 1) fail("a thread ends before its products or stores");
   running->ended = true;
   ++steps_taken;
   yield();
 }
 
 static Thread* new_thread(Block* block, u32 index) {
-  constexpr int BYTES = 32 << 10;
+  constexpr int BYTES = 64 << 10;
   auto stack = static_cast<char*>(aligned_alloc(64, BYTES)) + BYTES - 64;
   auto top = reinterpret_cast<void**>(stack);
   *--top = nullptr;  // aligns as a call does
   *--top = reinterpret_cast<void*>(run_thread);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
-  return new Thread{top, block, {index}, {(u32)block->index}, 0, false};
+  return new Thread{top, block, {index}, {(u32)block->index}};
 }
 
 int main(int count, char** arguments) {
@@ -99,8 +100,9 @@ int main(int count, char** arguments) {
   u64 seen = 0;
   for (int idle = 0; !threads.empty();) {
     for (Thread* thread : threads) running = thread, switch_stack(&scheduler, thread->stack);
+    do_copies();
     threads.erase(std::remove_if(threads.begin(), threads.end(), [](Thread* t) { return t->ended; }), threads.end());
-    idle = steps_taken == seen ? idle + 1 : 0, seen = steps_taken;
+    idle = steps_taken == seen && copies.empty() ? idle + 1 : 0, seen = steps_taken;
     if (idle > 100) fail("all threads wait");
     // Another block is the first.
     std::rotate(threads.begin(), threads.begin() + (threads.empty() ? 0 : steps_taken * THREADS % threads.size()), threads.end());

@@ -52,7 +52,6 @@ inline void barrier_arrive_cluster(u32 bar, u32 block) { barrier_arrive_at(bar, 
 inline void barrier_wait_cluster(u32 bar, u32 parity) { barrier_wait(bar, parity); }
 
 inline void copy_box(Block* block, u32 dst, const TensorMap& map, int col, int row, u32 bar) {
-  if (dst % 1024) fail("a box begins at an odd place");
   for (int r = 0; r < map.box_rows; ++r)
     for (int c = 0; c < BOX_COLUMNS; ++c) {
       T v = row + r < map.rows && col + c < map.cols ? map.data[(i64)(row + r) * map.stride + col + c] : 0;
@@ -60,28 +59,36 @@ inline void copy_box(Block* block, u32 dst, const TensorMap& map, int col, int r
     }
   come(block, bar, map.box_rows * 128);
 }
-inline void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) { copy_box(running->block, dst, map, col, row, bar); }
+inline void ask_box(Block* block, u32 dst, const TensorMap& map, int col, int row, u32 bar) {
+  if (dst % 1024) fail("a box begins at an odd place");
+  copies.push_back([=, &map] { copy_box(block, dst, map, col, row, bar); });
+}
+inline void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) { ask_box(running->block, dst, map, col, row, bar); }
 inline void load_box_once(u32 dst, const TensorMap& map, int col, int row, u32 bar) { load_box(dst, map, col, row, bar); }
 template <int SIZE>
 void load_box_for_cluster(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
-  for (int i = 0; i < SIZE; ++i) copy_box(running->block->cluster_blocks[i], dst, map, col, row, bar);
+  for (int i = 0; i < SIZE; ++i) ask_box(running->block->cluster_blocks[i], dst, map, col, row, bar);
 }
 inline void prefetch_map(const TensorMap&) {}
 inline void prefetch_box(const TensorMap&, int, int) {}
 inline void load_bytes(u32 dst, const void* src, u32 bytes, u32 bar) {
   if (dst % 16 || (u64)src % 16 || bytes % 16) fail("bytes are copied from or to an odd place");
-  memcpy(shared_at(dst), src, bytes);
-  come(running->block, bar, bytes);
+  copies.push_back([=, block = running->block] {
+    memcpy(block->shared + dst, src, bytes);
+    come(block, bar, bytes);
+  });
 }
 inline void store_box(const TensorMap& map, int col, int row, u32 src) {
-  for (int r = 0; r < map.box_rows; ++r)
-    for (int c = 0; c < BOX_COLUMNS; ++c)
-      if (row + r < map.rows && col + c < map.cols) memcpy(&map.data[(i64)(row + r) * map.stride + col + c], shared_at(src + in_box(r, c)), sizeof(T));
+  running->stores.back().push_back([=, &map] {
+    for (int r = 0; r < map.box_rows; ++r)
+      for (int c = 0; c < BOX_COLUMNS; ++c)
+        if (row + r < map.rows && col + c < map.cols) memcpy(&map.data[(i64)(row + r) * map.stride + col + c], shared_at(src + in_box(r, c)), sizeof(T));
+  });
 }
-inline void commit_stores() {}
+inline void commit_stores() { running->stores.emplace_back(); }
 template <int PENDING>
-void await_stores_left() {}
-inline void await_stores() {}
+void await_stores_left() { do_groups(running->stores, PENDING); }
+inline void await_stores() { await_stores_left<0>(); }
 inline void fence_copies() {}
 inline void fence_shared() {}
 

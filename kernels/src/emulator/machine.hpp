@@ -1,13 +1,14 @@
 // The card's machine on a CPU: blocks, warps and threads, and in the place of machine.cuh its instructions.
 //
-// A thread of the card is a fiber: it runs until it waits for others. What the card does behind a thread's back, copies
-// and products, is done at once when it is asked for; a wait for it then orders nothing but the threads. So a kernel that
-// ends here with the right results takes its steps in an order that can end, but may still lack a wait.
+// A thread of the card is a fiber: it runs until it waits for others. What the card does behind a thread's back is done
+// late: products and stores when they are waited for, copies some time after they are asked for. So a kernel that takes
+// something for done, or for free again, before it has waited for it has wrong results here.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <vector>
 
@@ -95,12 +96,35 @@ struct Thread {
   void* stack;
   Block* block;
   Index in_block, block_in_grid;
-  u64 cluster_time;
-  bool ended;
+  u64 cluster_time = 0;
+  bool ended = false;
+  // Products and stores that have been asked for, in groups; the last is still open.
+  std::vector<std::vector<std::function<void()>>> products{1}, stores{1};
 };
 inline Thread* running;
 inline void* scheduler;
 inline u64 steps_taken;  // by any thread: what others may wait for
+
+// Copies that have been asked for.
+inline std::vector<std::function<void()>> copies;
+// Does about half of them.
+inline void do_copies() {
+  static u32 random = 1;
+  auto asked = std::move(copies);
+  copies.clear();
+  for (auto& copy : asked) {
+    random = random * 1664525 + 1013904223;
+    if (random >> 31) copy();
+    else copies.push_back(std::move(copy));
+  }
+}
+// Does all groups but the last `pending`, and the one that is open.
+inline void do_groups(std::vector<std::vector<std::function<void()>>>& groups, size_t pending) {
+  while (groups.size() > pending + 1) {
+    for (auto& work : groups.front()) work();
+    groups.erase(groups.begin());
+  }
+}
 
 #define threadIdx (running->in_block)
 #define blockIdx (running->block_in_grid)

@@ -32,30 +32,38 @@ void multiply_shared(float* d, int columns, u64 left, u64 right, int accumulate)
     for (int k = 0; k < 16; ++k) a[h][k] = operand(address_of(left) + (row + 8 * h) * 128 + 2 * k);
   multiply<ACROSS>(d, columns, a, right, accumulate);
 }
+// To be done with its group; of registers as they are then.
+inline void ask_product(std::function<void()> product) { running->products.back().push_back(std::move(product)); }
 template <bool ACROSS = false, int TILES>
 void wgmma_narrow(float (&d)[TILES][4], u64 left, u64 right, int accumulate) {
   static_assert(!ACROSS, "not here");
-  multiply_shared(&d[0][0], 8 * TILES, left, right, accumulate);
+  ask_product([=, to = &d[0][0]] { multiply_shared(to, 8 * TILES, left, right, accumulate); });
 }
 template <bool ACROSS, int TILES>
 void wgmma_narrow(float (&d)[TILES][4], const u32 (&left)[4], u64 right, int accumulate) {
   static_assert(!ACROSS, "not here");
-  Warp& warp = this_warp();
-  int lane = this_lane();
-  for (int i = 0; i < 4; ++i) warp.given[lane][i] = left[i];
-  __syncwarp();
-  float a[2][16];
-  for (int h = 0; h < 2; ++h)
-    for (int k = 0; k < 16; ++k) a[h][k] = half_of(warp, lane / 4 * 4, h, h + 2, k);
-  __syncwarp();
-  multiply(&d[0][0], 8 * TILES, a, right, accumulate);
+  ask_product([=, to = &d[0][0], from = &left[0]] {
+    Warp& warp = this_warp();
+    int lane = this_lane();
+    for (int i = 0; i < 4; ++i) warp.given[lane][i] = from[i];
+    __syncwarp();
+    float a[2][16];
+    for (int h = 0; h < 2; ++h)
+      for (int k = 0; k < 16; ++k) a[h][k] = half_of(warp, lane / 4 * 4, h, h + 2, k);
+    __syncwarp();
+    multiply(to, 8 * TILES, a, right, accumulate);
+  });
 }
 template <bool ACROSS>
 void wgmma(float (&d)[128], u64 left, u64 right, int accumulate) {
-  multiply_shared<ACROSS>(d, 256, left, right, accumulate);
+  ask_product([=, to = &d[0]] { multiply_shared<ACROSS>(to, 256, left, right, accumulate); });
 }
 // The threads of a warpgroup multiply together.
 inline void wgmma_fence() { sync_warpgroup(); }
-inline void wgmma_commit() {}
+inline void wgmma_commit() { running->products.emplace_back(); }
 template <int PENDING>
-void wgmma_wait() { sync_warpgroup(); }
+void wgmma_wait() {
+  sync_warpgroup();
+  do_groups(running->products, PENDING);
+  sync_warpgroup();
+}
