@@ -83,7 +83,7 @@ impl Emulator {
         ];
         let output = Command::new(words.next()?)
             .args(words)
-            .args(["-std=c++20", "-O2", "-w"])
+            .args(["-std=c++17", "-O2", "-w"])
             .args(defines.map(|(name, value)| format!("-D{name}={value}")))
             .args([OsStr::new("-o"), path.as_os_str(), source.as_os_str()])
             .output()
