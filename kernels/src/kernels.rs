@@ -79,14 +79,14 @@ impl Kernel {
         }
         macro_rules! with_tile {
             ($file:literal) => {
-                joined!($file, "element.cuh", "machine.cuh", "tile.cuh")
+                joined!($file, "types.cuh", "machine.cuh", "tile.cuh")
             };
         }
         macro_rules! with_hopper {
             ($file:literal) => {
                 joined!(
                     $file,
-                    "element.cuh",
+                    "types.cuh",
                     "machine.cuh",
                     "tile.cuh",
                     "hopper.cuh",
@@ -101,7 +101,7 @@ impl Kernel {
             Self::Outer => with_tile!("outer.cu"),
             Self::Reduce => joined!(
                 "reduce.cu",
-                "element.cuh",
+                "types.cuh",
                 "machine.cuh",
                 "tile.cuh",
                 "sum.cuh"
@@ -109,17 +109,16 @@ impl Kernel {
             Self::ShrinkRing => {
                 joined!(
                     "shrink_ring.cu",
-                    "element.cuh",
+                    "types.cuh",
                     "machine.cuh",
                     "tile.cuh",
                     "hopper.cuh",
-                    "bits.cuh",
-                    "shrink_ring.cuh"
+                    "bits.cuh"
                 )
             }
             Self::Sweep => joined!(
                 "sweep.cu",
-                "element.cuh",
+                "types.cuh",
                 "machine.cuh",
                 "tile.cuh",
                 "hopper.cuh",
@@ -130,7 +129,7 @@ impl Kernel {
             Self::Bits => with_hopper!("bits.cu"),
             Self::Gemm => joined!(
                 "gemm.cu",
-                "element.cuh",
+                "types.cuh",
                 "machine.cuh",
                 "tile.cuh",
                 "hopper.cuh",
@@ -150,7 +149,7 @@ impl Kernel {
             ),
             Self::Decode => joined!(
                 "decode.cu",
-                "element.cuh",
+                "types.cuh",
                 "machine.cuh",
                 "tile.cuh",
                 "hopper.cuh",

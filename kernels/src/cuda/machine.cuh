@@ -91,9 +91,9 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 
 // ---- memory between blocks -------------------------------------------------------------------
 // Counts behind what this thread wrote and saw written, and sees what others wrote before they did.
-__device__ __forceinline__ u32 count_up(u32* flag, u32 by = 1) {
+__device__ __forceinline__ u32 count_up(u32* flag) {
   u32 old;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(flag), "r"(by) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(flag), "r"(1) : "memory");
   return old;
 }
 __device__ __forceinline__ void await_count(const u32* flag, u32 count) {

@@ -2,7 +2,7 @@
 //
 // Arguments: the numbers that the launcher gives the kernel. Standard input: the input, W, p, down and the bias, all bf16.
 // Standard output: q and the output.
-#include "../cuda/element.cuh"
+#include "../cuda/types.cuh"
 
 #include "machine.hpp"
 

@@ -19,7 +19,6 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __restrict__
-#define __align__(bytes)
 
 using std::max;
 using std::min;
@@ -191,11 +190,9 @@ inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     for (int k = 0; k < 16; ++k) c[i] += half_of(warp, lane / 4 * 4, i / 2, 2 + i / 2, k) * half_of(warp, (lane % 4 * 2 + i % 2) * 4, 4, 5, k);
   __syncwarp();
 }
-inline u32 count_up(u32* flag, u32 by = 1) {
-  u32 old = *flag;
-  *flag += by;
+inline u32 count_up(u32* flag) {
   ++steps_taken;
-  return old;
+  return (*flag)++;
 }
 inline void await_count(const u32* flag, u32 count) {
   while (*(const volatile u32*)flag < count) yield();

@@ -1,4 +1,4 @@
-// Types of elements and of what is loaded at once.
+// Types that all kernels use: numbers, elements, vectors of them.
 //
 // Options: DTYPE 0 = f32, 1 = bf16, 2 = f16.
 typedef unsigned int u32;
