@@ -12,13 +12,15 @@ use std::thread;
 
 use half::bf16;
 
-use crate::dropout::{Dropout, Mask, Place};
+use crate::dropout::Mask;
 use crate::gemm::Product;
-use crate::hopper::{DEPTH, TILE};
+use crate::hopper::TILE;
 use crate::low::Tiling;
 use crate::shares::Shares;
 use crate::side;
 use crate::tail::Tail;
+
+mod cases;
 
 const SCALE: f64 = 0.375;
 
@@ -54,7 +56,7 @@ impl Drop for Emulator {
 }
 
 impl Emulator {
-    /// Compiled by `$CXX` or `c++`; none where there is no such compiler.
+    /// Compiled by `$CXX`, which must be there, or by `c++`; none where there is no such compiler.
     fn compile(options: Options) -> Option<Self> {
         let Options {
             product,
@@ -63,8 +65,8 @@ impl Emulator {
             tail,
         } = options;
         let backward = product == Product::Backward;
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-        let mut words = compiler.split_whitespace();
+        let asked = std::env::var("CXX").ok();
+        let mut words = asked.as_deref().unwrap_or("c++").split_whitespace();
         let name = format!(
             "lora-emulator-{}-{product:?}-{ranks}-{masked}-{tail}",
             std::process::id()
@@ -81,13 +83,17 @@ impl Emulator {
             ("SIDE", 0),
             ("TAIL", usize::from(tail)),
         ];
-        let output = Command::new(words.next()?)
+        let compiled = Command::new(words.next().expect("CXX names a compiler"))
             .args(words)
             .args(["-std=c++17", "-O2", "-w"])
             .args(defines.map(|(name, value)| format!("-D{name}={value}")))
             .args([OsStr::new("-o"), path.as_os_str(), source.as_os_str()])
-            .output()
-            .ok()?;
+            .output();
+        let output = match (compiled, asked) {
+            (Ok(output), _) => output,
+            (Err(error), Some(asked)) => panic!("CXX is {asked}: {error}"),
+            (Err(_), None) => return None,
+        };
         let log = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{options:?}: {log}");
         Some(Self { path, options })
@@ -174,73 +180,6 @@ impl Emulator {
         assert_eq!(out.len(), rows * cols);
         (values, out)
     }
-
-    /// Compares with f64.
-    fn check(&self, case: Case) {
-        let Case {
-            rows, depth, cols, ..
-        } = case;
-        let Options {
-            product,
-            ranks,
-            masked,
-            ..
-        } = self.options;
-        let forward = product == Product::Forward;
-        let p = if masked { 0.25 } else { 0.0 };
-        let dropout = Dropout::new(Place::Pre, p, 0x1234_5678_9abc, 5, 7).expect("a probability");
-        let mask = Dropout::at(Some(dropout), Place::Pre).unwrap_or(Mask {
-            scale: 1.0,
-            ..Mask::default()
-        });
-        let factor = |row: usize, col, width| f64::from(dropout.factor(row as u64, col, width));
-        let inputs = Inputs::new(case, product, ranks);
-        let (s, out) = self.run(case, mask, &inputs);
-        let close = |what: &str, row: usize, col: usize, found: bf16, expected: f64| {
-            let error = (found.to_f64() - expected).abs();
-            assert!(
-                error <= 0.006 * (1.0 + expected.abs()),
-                "{:?} {case:?}: {what} [{row}, {col}] is {found} instead of {expected}",
-                self.options
-            );
-        };
-        for row in 0..rows {
-            let x = &inputs.x[row * depth..][..depth];
-            let kept: Vec<f64> = (0..depth)
-                .map(|k| x[k].to_f64() * if forward { factor(row, k, depth) } else { 1.0 })
-                .collect();
-            let s = &s[row * ranks..][..ranks];
-            for (rank, &found) in s.iter().enumerate() {
-                let a = &inputs.a[rank * inputs.a_cols..][..depth];
-                let sum: f64 = kept.iter().zip(a).map(|(x, a)| x * a.to_f64()).sum();
-                close("q", row, rank, found, SCALE * sum);
-            }
-            // A part of the columns, another for every row; S as it was rounded.
-            for col in (row % 7..cols).step_by(7) {
-                let w = |k: usize| {
-                    inputs.w[if forward {
-                        col * depth + k
-                    } else {
-                        k * cols + col
-                    }]
-                };
-                let p = |j: usize| {
-                    inputs.p[if forward {
-                        col * ranks + j
-                    } else {
-                        j * inputs.p_cols + col
-                    }]
-                };
-                let base: f64 = (0..depth).map(|k| x[k].to_f64() * w(k).to_f64()).sum();
-                let mut low: f64 = (0..ranks).map(|j| s[j].to_f64() * p(j).to_f64()).sum();
-                if !forward && factor(row, col, cols) == 0.0 {
-                    low = 0.0;
-                }
-                let expected = base + low + inputs.bias[col].to_f64();
-                close("the output", row, col, out[row * cols + col], expected);
-            }
-        }
-    }
 }
 
 /// Random matrices, as the launcher has them: W and p are transposed backward, and p and `a`, which makes q, have padded
@@ -292,89 +231,5 @@ impl Inputs {
             x, w, p, a, bias, ..
         } = self;
         x.iter().chain(w).chain(p).chain(a).chain(bias).copied()
-    }
-}
-
-/// Runs all `cases` with `options`.
-fn check(options: Options, cases: &[(usize, usize, usize, usize)]) {
-    let Some(emulator) = Emulator::compile(options) else {
-        eprintln!("skipped: no C++ compiler here, neither $CXX nor c++");
-        return;
-    };
-    for &(rows, depth, cols, clusters) in cases {
-        emulator.check(Case {
-            rows,
-            depth,
-            cols,
-            clusters,
-        });
-    }
-}
-
-/// One step of the depth and several, of an odd number too; one tile; rows and columns that end within a tile; as many
-/// clusters as tiles, and fewer; and the last two with shares in several rounds, in one of which shares of a row wait for a
-/// cluster's next tile.
-const CASES: [(usize, usize, usize, usize); 8] = [
-    (1, 8, 8, 1),
-    (130, 72, 264, 2),
-    (300, 264, 520, 6),
-    (257, 576, 1100, 10),
-    (520, 136, 1300, 4),
-    (600, 10 * DEPTH, 520, 3),
-    (4200, 136, 700, 17),
-    (4200, 136, 500, 17),
-];
-
-const FORWARD: Options = Options {
-    product: Product::Forward,
-    ranks: 16,
-    masked: false,
-    tail: false,
-};
-const BACKWARD: Options = Options {
-    product: Product::Backward,
-    ..FORWARD
-};
-
-#[test]
-fn tiles_make_s_and_use_it() {
-    check(FORWARD, &CASES);
-}
-
-#[test]
-fn tiles_make_a_masked_s() {
-    let masked = true;
-    check(Options { masked, ..FORWARD }, &CASES);
-}
-
-#[test]
-fn tiles_make_s_of_many_ranks() {
-    for (ranks, masked) in [(64, false), (32, true)] {
-        let options = Options {
-            ranks,
-            masked,
-            ..FORWARD
-        };
-        check(options, &CASES[2..5]);
-    }
-}
-
-#[test]
-fn several_clusters_make_the_last_tiles() {
-    let cases = [(520, 264, 1100, 7), (600, 10 * DEPTH, 1700, 5)];
-    for masked in [false, true] {
-        let options = Options {
-            masked,
-            tail: true,
-            ..FORWARD
-        };
-        check(options, &cases);
-    }
-}
-
-#[test]
-fn tiles_make_the_gradient_of_s() {
-    for masked in [false, true] {
-        check(Options { masked, ..BACKWARD }, &CASES[..6]);
     }
 }

@@ -30,7 +30,7 @@ pub(crate) struct Shares {
 }
 
 impl Shares {
-    /// As many shares as a group of rows has tiles at once.
+    /// As many shares as rows that are made together have tiles at once.
     pub fn new(tiling: Tiling, depth: usize) -> Self {
         let Tiling {
             product,
@@ -41,11 +41,11 @@ impl Shares {
         } = tiling;
         let depth_blocks = depth.div_ceil(DEPTH);
         // Backward, side work waits for all rows, which are made at once.
-        let at_once = match product {
+        let together = match product {
             Product::Forward => rows.min(GROUP),
             Product::Backward => rows,
         };
-        let most = (busy / at_once)
+        let most = (busy / together)
             .min(cols)
             .min(depth_blocks)
             .clamp(1, MOST_SHARES);
@@ -55,7 +55,7 @@ impl Shares {
             .div_ceil(window)
             .min(count / 2);
         let early = count - late;
-        // The shares of a row are made at once, so that no cluster waits for one that others begin a tile later.
+        // So that no cluster waits for a share that others begin a tile later, where there are other tiles to take meanwhile.
         let at_once = busy / count * count;
         let rounds = (rows * count - 1) / at_once;
         let end = |stride: usize| rounds * stride + rows * count - rounds * at_once;
@@ -104,12 +104,18 @@ mod tests {
 
     #[test]
     fn every_tile_is_taken_once_and_shares_cover_the_depth_and_end_early() {
+        for product in [Product::Forward, Product::Backward] {
+            check(product);
+        }
+    }
+
+    fn check(product: Product) {
         for busy in [1, 3, 57, 64, 66] {
             for rows in [1, 7, 8, 9, 31, 32, 33, 100] {
                 for cols in [1, 2, 8, 9, 16] {
                     for depth_blocks in [1, 2, 9, 32, 64, 224] {
                         let tiling = Tiling {
-                            product: Product::Forward,
+                            product,
                             rows,
                             cols,
                             busy,
@@ -140,7 +146,8 @@ mod tests {
                             taken.iter().map(|&(row, col, _)| (row, col)).collect();
                         assert_eq!(places.len(), rows * cols, "{found}");
                         assert!(taken.iter().all(|t| t.0 < rows && t.1 < cols), "{found}");
-                        // No cluster waits for a share that it, or one that waits for it, has still to make.
+                        // Shares of a row are tiles that follow each other, no more than there are clusters: a cluster comes to its
+                        // own by tiles of earlier rows, or that wait for none.
                         let making: Vec<_> = (0..taken.len()).filter(|&i| taken[i].2).collect();
                         assert_eq!(making.last().map(|last| last + 1), Some(shares.end));
                         for row in making.chunks(count) {

@@ -226,14 +226,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         });
       output.finish();  // its buffers are for what makes q
       if (lane == 0) barrier_arrive(drained);
-      if (DOWN == 2 || RANK_STEPS > 1) {
-        // So that they have registers from here on only; not while products are under way, and not later.
-        making.finish();
-#pragma unroll
-        for (int n = 0; n < 2 * RANK_STEPS; ++n)
-#pragma unroll
-          for (int c = 0; c < 4; ++c) low[n][c] = zero_here();
-      }
+      if (DOWN == 2 || RANK_STEPS > 1) making.clear();
 #if DOWN == 2
       making.steps(dropout, row0, depth);
 #else

@@ -20,6 +20,14 @@ struct Making {
     if (flying) math.release(math.previous);
     flying = false;
   }
+  // Gives the share's sums registers from here on only, where there are few: while no products are under way.
+  __device__ __forceinline__ void clear() {
+    finish();
+#pragma unroll
+    for (int n = 0; n < 2 * RANK_STEPS; ++n)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) low[n][c] = zero_here();
+  }
   // A step that is not the share's; `during` runs while it is multiplied.
   template <class During>
   __device__ __forceinline__ void other_step(During during) {
