@@ -125,17 +125,10 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
     if arch == "sm_90a" {
         let base = [("DTYPE", 1), ("ALIGNED", 1)];
         all.push((Kernel::Bits, base.to_vec()));
-        for (tiles, ranks) in [
-            (1, 16),
-            (1, 32),
-            (1, 64),
-            (2, 16),
-            (2, 32),
-            (2, 64),
-            (4, 16),
-            (4, 32),
-            (8, 16),
-        ] {
+        for (tiles, ranks) in [1, 2, 4, 8]
+            .into_iter()
+            .flat_map(|t| [16, 32, 64].map(|r| (t, r)))
+        {
             for adapter_f32 in [0, 1] {
                 let options = [("NT", tiles), ("RT", ranks), ("ADAPTER_F32", adapter_f32)];
                 all.push((Kernel::Decode, [&base[..], &options[..]].concat()));

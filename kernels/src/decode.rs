@@ -20,9 +20,10 @@ const MOST_STAGES: usize = 10;
 /// Shared memory that blocks of a multiprocessor may have.
 const SHARED_BYTES: usize = 226 << 10;
 const MOST_TOKENS: usize = 64;
-/// Beyond these ranks, and this many tokens (padded) times ranks (padded), the general path is as fast.
+/// By the registers that a thread has for S.
 const MOST_RANKS: usize = 64;
-const LARGEST_S: usize = 1024;
+/// Most tokens (padded) times ranks (padded) by which two blocks of a multiprocessor have enough registers.
+const LARGEST_S_OF_TWO: usize = 2048;
 
 /// Tokens as the kernel sees them: tiles of 8.
 fn token_tiles(tokens: usize) -> usize {
@@ -34,14 +35,35 @@ fn blocks(out_features: usize) -> usize {
     CLUSTER * out_features.div_ceil(ROWS)
 }
 
+/// Bytes of shared memory that a block may have: all, or where `several` are to run on a multiprocessor, half, so that two
+/// do at once, if there are registers for two.
+fn room(tiles: usize, ranks: usize, several: bool) -> usize {
+    if several && 8 * tiles * ranks <= LARGEST_S_OF_TWO {
+        SHARED_BYTES / 2
+    } else {
+        SHARED_BYTES
+    }
+}
+
+/// Elements of S, which comes in tiles of 16 tokens.
+fn elements_of_s(tiles: usize, ranks: usize) -> usize {
+    ranks * (8 * tiles).next_multiple_of(16)
+}
+
+/// Bytes of static shared memory of a block: barriers, and what comes from the other one of its cluster, half of its sums and
+/// S.
+fn static_bytes(tiles: usize, ranks: usize) -> usize {
+    let sums = ROWS * (8 * tiles).next_multiple_of(16) / CLUSTER;
+    16 * MOST_STAGES + 4 * (sums + elements_of_s(tiles, ranks))
+}
+
 /// Stages of the ring, and bytes of dynamic shared memory, of a block that has `room`.
 fn ring<P: Element>(tiles: usize, ranks: usize, room: usize) -> (usize, usize) {
-    let (tokens, own_rows) = (8 * tiles, ROWS / CLUSTER);
-    let stage = DEPTH * (2 * (ROWS + tokens) + size_of::<P>() * ranks);
-    let fixed = 4 * (ranks * tokens + (ranks + 1) * (own_rows + 1)) + 16 * MOST_STAGES;
-    let stages = ((room - fixed) / stage).min(MOST_STAGES);
-    let sums = 4 * tokens * (CLUSTER * (own_rows + 4) + (CLUSTER + ROWS / 16) * ranks);
-    (stages, sums.max(stages * stage))
+    let stage = DEPTH * (2 * (ROWS + 8 * tiles) + size_of::<P>() * ranks);
+    let stages = ((room - static_bytes(tiles, ranks)) / stage).min(MOST_STAGES);
+    // In the end S of each warp stands there, in f32, and of all in halves.
+    let s = (4 * ROWS / 16 + 2) * elements_of_s(tiles, ranks);
+    (stages, s.max(stages * stage))
 }
 
 impl Launcher<'_> {
@@ -52,18 +74,13 @@ impl Launcher<'_> {
         linear: &LoraLinear<T, P>,
         masked: bool,
     ) -> bool {
-        let tiles = token_tiles(xs.rows);
-        // For many tokens a library's product is faster where blocks come in several waves.
-        let at_once = blocks(linear.out_features) <= self.kernels.multiprocessors();
         let on_vectors = |address: u64| address.is_multiple_of(16);
         self.kernels.preference() == Preference::Fastest
             && self.kernels.arch() == "sm_90a"
             && T::DTYPE != DType::F32
             && !masked
             && (1..=MOST_TOKENS).contains(&xs.rows)
-            && (tiles <= 4 || at_once)
             && linear.rank <= MOST_RANKS
-            && 8 * tiles * padded_rank(linear.rank) <= LARGEST_S
             && self.aligned(xs)
             && on_vectors(self.address(&linear.weight))
             && on_vectors(self.address(&linear.a))
@@ -88,15 +105,9 @@ impl Launcher<'_> {
             ],
         };
         let blocks = blocks(linear.out_features);
-        // A ring as long as can be, but two blocks at once where there are more than multiprocessors.
-        let (long, short) = (SHARED_BYTES, SHARED_BYTES / 2);
-        let room = if blocks <= self.kernels.multiprocessors() {
-            long
-        } else {
-            short
-        };
-        let (stages, shared_bytes) = ring::<P>(tiles, ranks, room);
-        let most_bytes = ring::<P>(tiles, ranks, long).1;
+        let several = blocks > self.kernels.multiprocessors();
+        let (stages, shared_bytes) = ring::<P>(tiles, ranks, room(tiles, ranks, several));
+        let most_bytes = ring::<P>(tiles, ranks, SHARED_BYTES).1;
         let function = self.kernels.function(instance, most_bytes)?;
         let (x_at, _x) = xs.data.device_ptr(self.stream);
         let (w_at, _w) = linear.weight.device_ptr(self.stream);
@@ -150,15 +161,13 @@ mod tests {
             let tiles = token_tiles(tokens);
             assert!(tokens <= 8 * tiles, "{tokens} tokens in {tiles} tiles");
             for ranks in [16, 32, 64].map(padded_rank) {
-                if 8 * tiles * ranks > LARGEST_S {
-                    continue;
-                }
-                for room in [SHARED_BYTES, SHARED_BYTES / 2] {
+                for room in [SHARED_BYTES, room(tiles, ranks, true)] {
                     for (stages, bytes) in [
                         ring::<f32>(tiles, ranks, room),
                         ring::<bf16>(tiles, ranks, room),
                     ] {
                         assert!((2..=MOST_STAGES).contains(&stages), "{stages} stages");
+                        let bytes = bytes + static_bytes(tiles, ranks);
                         assert!(bytes <= room, "{bytes} bytes of {room}");
                     }
                 }

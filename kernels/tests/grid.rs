@@ -124,7 +124,8 @@ fn gradients_of_one_pass_match_f64() {
 fn few_tokens_match_f64() {
     with_device(|kernels, stream| {
         for tokens in [1, 5, 8, 9, 16, 17, 32, 33, 64] {
-            for (in_features, out_features) in [(1032, 520), (4096, 100), (64, 4096)] {
+            // The last in several waves of blocks.
+            for (in_features, out_features) in [(1032, 520), (4096, 100), (64, 4096), (264, 9001)] {
                 for rank in [3, 16, 24, 64, 100] {
                     let case = Case {
                         bias: rank == 24,

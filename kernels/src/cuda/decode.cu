@@ -2,47 +2,56 @@
 //
 // What counts is to read W once, at full speed. A cluster takes ROWS rows of W and its two blocks share the
 // depth. In a block the copy engine fills a ring of stages far ahead, and a warpgroup multiplies the rows of W
-// with all tokens. Meanwhile its warps add up S of the block's depth, from the x that stands there.
-// In the end the blocks exchange their sums, and each adds up half of the rows. The adapter is read as it is
-// kept, no other kernel packs it.
+// with all tokens. Meanwhile its warps add up S of the block's depth, from the x that stands there, and in the end multiply
+// it with B: what the adapter adds is a sum over the depth like the rest. Then the blocks give each other the sums of every
+// other token. The adapter is read as it is kept, no other kernel packs it.
 // Options: DTYPE 1 or 2, ADAPTER_F32 1 = the adapter is in f32, NT tiles of 8 tokens, RT ranks.
-constexpr int CLUSTER = 2, OWN_ROWS = 32, ROWS = CLUSTER * OWN_ROWS, WARPS = ROWS / 16, THREADS = (WARPS + 1) * 32;
-constexpr int DEPTH = 64, TOKENS = 8 * NT, RANK_TILES = RT / 16;
+constexpr int CLUSTER = 2, ROWS = 64, WARPS = ROWS / 16, THREADS = (WARPS + 1) * 32;
+constexpr int DEPTH = 64, TOKENS = 8 * NT;
 constexpr int ADAPTER_BOXES = ADAPTER_F32 ? 2 : 1, ADAPTER_COLS = DEPTH / ADAPTER_BOXES;  // of 128 bytes
 // A stage: W, x and A, of 64 columns.
 constexpr int WEIGHT_BYTES = ROWS * 128, X_BYTES = TOKENS * 128, ADAPTER_BYTES = ADAPTER_BOXES * RT * 128;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES + ADAPTER_BYTES;
 constexpr int MOST_STAGES = 10;  // as in decode.rs
-constexpr int ROW_STRIDE = OWN_ROWS + 4, B_STRIDE = OWN_ROWS + 1;  // so that few threads want one bank
-constexpr int S_SIZE = RT * TOKENS;
+// S in fragments of 16 tokens by 8 ranks.
+constexpr int TOKEN_TILES = (NT + 1) / 2, RANK_TILES = RT / 8, S_TILES = TOKEN_TILES * RANK_TILES;
 
-// Fragment of 16 ranks by 16 columns of A, rounded.
 #if ADAPTER_F32
 typedef float Adapter;
 __device__ __forceinline__ float adapter_value(Adapter v) { return v; }
-__device__ __forceinline__ void load_adapter(u32 (&r)[4], u32 a, int rank, int step, int lane) {
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    int col = step % 2 * 16 + (c >> 1) * 8 + 2 * (lane & 3);
-    float2 v;
-    u32 at = swizzled(a + step / 2 * (RT * 128), rank + (c & 1) * 8 + (lane >> 2), col / 4) + col % 4 * 4;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
-    r[c] = pack_halves(v.x, v.y);
-  }
-}
 #else
 typedef T Adapter;
 __device__ __forceinline__ float adapter_value(Adapter v) { return to_float(v); }
-__device__ __forceinline__ void load_adapter(u32 (&r)[4], u32 a, int rank, int step, int lane) {
-  ldmatrix(r, swizzled(a, rank + (lane & 15), 2 * step + (lane >> 4)));
-}
 #endif
 
+// Of the 16 columns number `part` of a stage, A's ranks as right operands, rounded.
+__device__ __forceinline__ void load_ranks(u32 (&ranks)[RANK_TILES][2], u32 a, int part, int lane) {
+#if ADAPTER_F32
+#pragma unroll
+  for (int j = 0; j < RANK_TILES; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int col = part % 2 * 16 + half * 8 + 2 * (lane & 3);
+      float2 v;
+      u32 at = swizzled(a + part / 2 * (RT * 128), j * 8 + (lane >> 2), col / 4) + col % 4 * 4;
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
+      ranks[j][half] = pack_halves(v.x, v.y);
+    }
+#else
+#pragma unroll
+  for (int j = 0; j < RANK_TILES; j += 2) {
+    u32 two[4];
+    ldmatrix(two, swizzled(a, j * 8 + (lane >> 4) * 8 + (lane & 7), 2 * part + (lane >> 3 & 1)));
+    ranks[j][0] = two[0], ranks[j][1] = two[1], ranks[j + 1][0] = two[2], ranks[j + 1][1] = two[3];
+  }
+#endif
+}
+
 // Writes to where `there` is in another block of the cluster.
-__device__ __forceinline__ void store_to(float* there, int block, float v) {
+__device__ __forceinline__ void store_to(float4* there, int block, float4 v) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.f32 [remote], %2;\n}" ::"r"(shared_address(there)), "r"(block), "f"(v)
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(shared_address(there)), "r"(block), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
 }
 
@@ -57,17 +66,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int tokens, int rows, int cols, int rank, float scale, int stages) {
   DYNAMIC_SHARED(shared);
   SHARED_BARRIERS(barriers, 2 * MOST_STAGES);
-  __shared__ __align__(16) float s_all[S_SIZE];  // [rank, token]
-  __shared__ float b_own[RT * B_STRIDE], bias_own[OWN_ROWS];  // [rank, row]
-  // Where the ring was:
-  float* y_parts = reinterpret_cast<float*>(shared);           // [block, token, own row]
-  float* s_parts = y_parts + CLUSTER * TOKENS * ROW_STRIDE;    // [block, rank, token]
-  float* s_of_warps = s_parts + CLUSTER * S_SIZE;              // [warp, rank, token]
+  // From the other block: its sums of this one's tokens, a fragment for each thread, and of S.
+  __shared__ float4 y_came[TOKEN_TILES][WARPS * 32], s_came[S_TILES][32];
+  // Where the ring was: S of every warp's depth, and of the block's as right operands.
+  float4* s_parts = reinterpret_cast<float4*>(shared);                       // [warp, tile, lane]
+  u32* s_all = reinterpret_cast<u32*>(s_parts + WARPS * S_TILES * 32);       // [8 tokens, 8 ranks, lane]
   u32 ring = shared_address(shared), full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  int share = blockIdx.x % CLUSTER, row0 = blockIdx.x / CLUSTER * ROWS;
+  int share = blockIdx.x % CLUSTER, other = 1 - share, row0 = blockIdx.x / CLUSTER * ROWS;
   int blocks = (cols + DEPTH - 1) / DEPTH, each = (blocks + CLUSTER - 1) / CLUSTER;
   int first = share * each, count = max(0, min(each, blocks - first));
+  bool saves = blockIdx.x < CLUSTER;  // all clusters have the same S
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
@@ -75,10 +84,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   }
   if (threadIdx.x == WARPS * 32) prefetch_map(x_map), prefetch_map(w_map), prefetch_map(a_map);
   __syncthreads();
+  cluster_arrive_early();
   await_previous();
   start_next();
 
-  float acc[NT][4] = {}, low[RANK_TILES][NT][4] = {};
   if (warp == WARPS) {
     if (lane == 0)
       for (int i = 0, stage = 0, parity = 1; i < count; ++i) {
@@ -92,91 +101,109 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         if (++stage == stages) stage = 0, parity ^= 1;
       }
     __syncwarp();
-  } else {
-    int own_row0 = row0 + share * OWN_ROWS, own_rows = min(OWN_ROWS, rows - own_row0);
-    for (int i = threadIdx.x; i < own_rows * rank; i += WARPS * 32) b_own[i % rank * B_STRIDE + i / rank] = adapter_value(b[(i64)own_row0 * rank + i]);
-    if ((int)threadIdx.x < own_rows) bias_own[threadIdx.x] = bias ? to_float(bias[own_row0 + threadIdx.x]) : 0.f;
+    cluster_wait();
+    cluster_sync();
+    return;
+  }
 
-    for (int i = 0, stage = 0, parity = 0; i < count; ++i) {
-      u32 weight = ring + stage * STAGE_BYTES, x = weight + WEIGHT_BYTES, a = x + X_BYTES;
-      barrier_wait(full + 8 * stage, parity);
-      u64 left = descriptor(weight, 16), right = descriptor(x, 16);
-      wgmma_fence();
+  // B and the bias of this thread's rows, the former as left operands.
+  int row = row0 + warp * 16 + g;
+  u32 up[RT / 16][4];
+  auto b_at = [&](int row, int j) { return row < rows && j < rank ? adapter_value(b[(i64)row * rank + j]) : 0.f; };
 #pragma unroll
-      for (int step = 0; step < DEPTH / 16; ++step) wgmma_narrow(acc, left + step * DEPTH_STEP, right + step * DEPTH_STEP, 1);
-      wgmma_commit();
-      u32 tokens_at[(NT + 1) / 2][4];  // two tiles of tokens each; of the 16 columns that the warp adds to S
+  for (int j = 0; j < RT / 16; ++j)
 #pragma unroll
-      for (int n = 0; n < NT; n += 2) ldmatrix(tokens_at[n / 2], swizzled(x, (NT == 1 ? 0 : n * 8 + (lane >> 4) * 8) + (lane & 7), 2 * warp + (lane >> 3 & 1)));
-#pragma unroll
-      for (int j = 0; j < RANK_TILES; ++j) {
-        u32 ranks_at[4];
-        load_adapter(ranks_at, a, j * 16, warp, lane);
-#pragma unroll
-        for (int n = 0; n < NT; ++n) mma(low[j][n], ranks_at[0], ranks_at[1], ranks_at[2], ranks_at[3], tokens_at[n / 2][n % 2 * 2], tokens_at[n / 2][n % 2 * 2 + 1]);
-      }
-      wgmma_wait<0>();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(empty + 8 * stage);
-      if (++stage == stages) stage = 0, parity ^= 1;
+    for (int c = 0; c < 4; ++c) {
+      int of = row + (c & 1) * 8, r = j * 16 + (c >> 1) * 8 + 2 * t;
+      up[j][c] = pack_halves(b_at(of, r), b_at(of, r + 1));
     }
+  float offset[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) offset[h] = bias && row + 8 * h < rows ? to_float(bias[row + 8 * h]) : 0.f;
+
+  float acc[NT][4] = {}, low[TOKEN_TILES][RANK_TILES][4] = {};
+  for (int i = 0, stage = 0, parity = 0; i < count; ++i) {
+    u32 weight = ring + stage * STAGE_BYTES, x = weight + WEIGHT_BYTES, a = x + X_BYTES;
+    barrier_wait(full + 8 * stage, parity);
+    u64 left = descriptor(weight, 16), right = descriptor(x, 16);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < DEPTH / 16; ++step) wgmma_narrow(acc, left + step * DEPTH_STEP, right + step * DEPTH_STEP, 1);
+    wgmma_commit();
+    // Of the 16 columns that the warp adds to S. Of 8 tokens, the other rows are not looked at.
+    u32 ranks[RANK_TILES][2];
+    load_ranks(ranks, a, warp, lane);
+#pragma unroll
+    for (int m = 0; m < TOKEN_TILES; ++m) {
+      u32 in[4];
+      ldmatrix(in, swizzled(x, m * 16 + (lane & 15), 2 * warp + (lane >> 4)));
+#pragma unroll
+      for (int j = 0; j < RANK_TILES; ++j) mma(low[m][j], in[0], in[1], in[2], in[3], ranks[j][0], ranks[j][1]);
+    }
+    wgmma_wait<0>();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    if (++stage == stages) stage = 0, parity ^= 1;
   }
 
-  cluster_arrive();  // nothing of the ring is read any more
-  __syncthreads();
-  if (warp < WARPS)
+  auto math_sync = [] { sync_some<WARPS * 32>(1); };
+  math_sync();  // nothing of the ring is read any more
 #pragma unroll
-    for (int j = 0; j < RANK_TILES; ++j)
+  for (int m = 0; m < TOKEN_TILES; ++m)
 #pragma unroll
-      for (int n = 0; n < NT; ++n)
+    for (int j = 0; j < RANK_TILES; ++j) s_parts[(warp * S_TILES + m * RANK_TILES + j) * 32 + lane] = {low[m][j][0], low[m][j][1], low[m][j][2], low[m][j][3]};
+  math_sync();
+  cluster_wait();  // the other block is there
+  constexpr int SHARES = (S_TILES + WARPS - 1) / WARPS;
+  float4 own[SHARES];  // of S
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
-          s_of_warps[warp * S_SIZE + (j * 16 + g + 8 * (c >> 1)) * TOKENS + n * 8 + 2 * t + (c & 1)] = low[j][n][c];
-  __syncthreads();
-  cluster_wait();
-  for (int at = threadIdx.x; at < S_SIZE; at += THREADS) {
-    float sum = 0.f;
+  for (int i = 0; i < SHARES; ++i) {
+    int tile = warp + i * WARPS, m = tile / RANK_TILES, j = tile % RANK_TILES;
+    if (tile >= S_TILES) break;
+    float4 sum = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int other = 0; other < WARPS; ++other) sum += s_of_warps[other * S_SIZE + at];
-#pragma unroll
-    for (int block = 0; block < CLUSTER; ++block) store_to(s_parts + share * S_SIZE + at, block, sum);
+    for (int from = 0; from < WARPS; ++from) {
+      float4 part = s_parts[(from * S_TILES + tile) * 32 + lane];
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    own[i] = sum = {scale * sum.x, scale * sum.y, scale * sum.z, scale * sum.w};
+    s_all[(2 * m * RANK_TILES + j) * 32 + lane] = pack_halves(sum.x, sum.y);
+    if (NT > 1) s_all[((2 * m + 1) * RANK_TILES + j) * 32 + lane] = pack_halves(sum.z, sum.w);
+    if (saves && share == 1) store_to(&s_came[tile][lane], 0, sum);
   }
-  if (warp < WARPS)
+  math_sync();
 #pragma unroll
-    for (int n = 0; n < NT; ++n)
+  for (int n = 0; n < NT; ++n)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        int token = n * 8 + 2 * t + (c & 1), row = warp * 16 + g + 8 * (c >> 1);
-        store_to(y_parts + (share * TOKENS + token) * ROW_STRIDE + row % OWN_ROWS, row / OWN_ROWS, acc[n][c]);
-      }
+    for (int j = 0; j < RANK_TILES; j += 2) {
+      const u32* right = s_all + (n * RANK_TILES + j) * 32 + lane;
+      mma(acc[n], up[j / 2][0], up[j / 2][1], up[j / 2][2], up[j / 2][3], right[0], right[32]);
+    }
+  // A thread has two tokens side by side: one for each block.
+  auto of = [&](int n, int block, int h) { return n < NT ? block ? acc[n][2 * h + 1] : acc[n][2 * h] : 0.f; };
+#pragma unroll
+  for (int m = 0; m < TOKEN_TILES; ++m) store_to(&y_came[m][threadIdx.x], other, {of(2 * m, other, 0), of(2 * m, other, 1), of(2 * m + 1, other, 0), of(2 * m + 1, other, 1)});
   cluster_sync();
-  // All that follows is in this block; sums of the blocks in order.
-  for (int at = threadIdx.x; at < S_SIZE; at += THREADS) {
-    float sum = 0.f;
 #pragma unroll
-    for (int block = 0; block < CLUSTER; ++block) sum += s_parts[block * S_SIZE + at];
-    s_all[at] = scale * sum;
-    int r = at / TOKENS, token = at % TOKENS;
-    if (blockIdx.x == 0 && token < tokens) s[token * RT + r] = from_float(scale * sum);
+  for (int m = 0; m < TOKEN_TILES; ++m) {
+    float4 came = y_came[m][threadIdx.x];
+    float theirs[2][2] = {{came.x, came.y}, {came.z, came.w}};
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int token = (2 * m + n) * 8 + 2 * t + share, at = row + 8 * h;
+        if (token < tokens && at < rows) y[(i64)token * rows + at] = from_float(of(2 * m + n, share, h) + theirs[n][h] + offset[h]);
+      }
   }
-  __syncthreads();
-  constexpr int TOGETHER = 4;  // tokens of a thread
-  for (int at = threadIdx.x; at < OWN_ROWS * TOKENS / TOGETHER; at += THREADS) {
-    int token = at / OWN_ROWS * TOGETHER, own = at % OWN_ROWS, row = row0 + share * OWN_ROWS + own;
-    if (token >= tokens || row >= rows) continue;
-    float sums[TOGETHER] = {}, add[TOGETHER] = {};
+  if (saves && share == 0) {
 #pragma unroll
-    for (int block = 0; block < CLUSTER; ++block)
-#pragma unroll
-      for (int i = 0; i < TOGETHER; ++i) sums[i] += y_parts[(block * TOKENS + token + i) * ROW_STRIDE + own];
-#pragma unroll 4
-    for (int r = 0; r < rank; ++r) {
-      float b = b_own[r * B_STRIDE + own];
-#pragma unroll
-      for (int i = 0; i < TOGETHER; ++i) add[i] += b * s_all[r * TOKENS + token + i];
+    for (int i = 0; i < SHARES; ++i) {
+      int tile = warp + i * WARPS, token = tile / RANK_TILES * 16 + g, r = tile % RANK_TILES * 8 + 2 * t;
+      if (tile >= S_TILES) break;
+      float4 came = s_came[tile][lane];
+      if (token < tokens) *reinterpret_cast<u32*>(s + token * RT + r) = pack_halves(own[i].x + came.x, own[i].y + came.y);
+      if (token + 8 < tokens) *reinterpret_cast<u32*>(s + (token + 8) * RT + r) = pack_halves(own[i].z + came.z, own[i].w + came.w);
     }
-#pragma unroll
-    for (int i = 0; i < TOGETHER; ++i)
-      if (token + i < tokens) y[(i64)(token + i) * rows + row] = from_float(sums[i] + bias_own[own] + add[i]);
   }
 }
