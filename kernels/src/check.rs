@@ -125,10 +125,10 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
     if arch == "sm_90a" {
         let base = [("DTYPE", 1), ("ALIGNED", 1)];
         all.push((Kernel::Bits, base.to_vec()));
-        for (tiles, ranks) in [1, 2, 4, 8]
+        let up_to_64 = [1, 2, 4, 8]
             .into_iter()
-            .flat_map(|t| [16, 32, 64].map(|r| (t, r)))
-        {
+            .flat_map(|tiles| [16, 32, 64].map(|ranks| (tiles, ranks)));
+        for (tiles, ranks) in up_to_64.chain([(16, 16), (16, 32)]) {
             for adapter_f32 in [0, 1] {
                 let options = [("NT", tiles), ("RT", ranks), ("ADAPTER_F32", adapter_f32)];
                 all.push((Kernel::Decode, [&base[..], &options[..]].concat()));

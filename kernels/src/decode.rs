@@ -19,9 +19,10 @@ const DEPTH: usize = 64;
 const MOST_STAGES: usize = 10;
 /// Shared memory that blocks of a multiprocessor may have.
 const SHARED_BYTES: usize = 226 << 10;
-const MOST_TOKENS: usize = 64;
-/// By the registers that a thread has for S.
+const MOST_TOKENS: usize = 128;
 const MOST_RANKS: usize = 64;
+/// Most tokens (padded) times ranks (padded), by the registers that a thread has for S.
+const LARGEST_S: usize = 4096;
 /// Most tokens (padded) times ranks (padded) by which two blocks of a multiprocessor have enough registers.
 const LARGEST_S_OF_TWO: usize = 2048;
 
@@ -74,13 +75,18 @@ impl Launcher<'_> {
         linear: &LoraLinear<T, P>,
         masked: bool,
     ) -> bool {
+        let tiles = token_tiles(xs.rows);
+        // For many tokens a library's product is faster where blocks come in several waves.
+        let at_once = blocks(linear.out_features) <= self.kernels.multiprocessors();
         let on_vectors = |address: u64| address.is_multiple_of(16);
         self.kernels.preference() == Preference::Fastest
             && self.kernels.arch() == "sm_90a"
             && T::DTYPE != DType::F32
             && !masked
             && (1..=MOST_TOKENS).contains(&xs.rows)
+            && (tiles <= 8 || at_once)
             && linear.rank <= MOST_RANKS
+            && 8 * tiles * padded_rank(linear.rank) <= LARGEST_S
             && self.aligned(xs)
             && on_vectors(self.address(&linear.weight))
             && on_vectors(self.address(&linear.a))
@@ -161,6 +167,9 @@ mod tests {
             let tiles = token_tiles(tokens);
             assert!(tokens <= 8 * tiles, "{tokens} tokens in {tiles} tiles");
             for ranks in [16, 32, 64].map(padded_rank) {
+                if 8 * tiles * ranks > LARGEST_S {
+                    continue;
+                }
                 for room in [SHARED_BYTES, room(tiles, ranks, true)] {
                     for (stages, bytes) in [
                         ring::<f32>(tiles, ranks, room),

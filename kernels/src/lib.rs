@@ -38,8 +38,9 @@
 //!   In backward the pass reads `dY` for `dS` and `dB`, and then what nobody would have time for of `x`, for
 //!   `dA`. Multiprocessors that the tiles of `dx` leave over make the rest of `dA`, and `dB` where no pass has,
 //!   meanwhile, to the end where they have the time; the others help at the end where they do not.
-//! - **Decode** (9.0, forward without dropout, of up to 64 tokens with a rank of at most 64): one launch for all of it, which
-//!   reads `W` once and the adapter as it is kept.
+//! - **Decode** (9.0, forward without dropout, of up to 64 tokens with a rank of at most 64, or up to 128 with at most 32
+//!   where the layer is narrow enough to run at once): one launch for all of it, which reads `W` once and the adapter as it
+//!   is kept.
 //! - **General** (8.0 and newer): one-pass kernels write the adapter's part, and cuBLASLt adds the base
 //!   product to it.
 //!

@@ -123,7 +123,7 @@ fn gradients_of_one_pass_match_f64() {
 #[test]
 fn few_tokens_match_f64() {
     with_device(|kernels, stream| {
-        for tokens in [1, 5, 8, 9, 16, 17, 32, 33, 64] {
+        for tokens in [1, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128] {
             // The last in several waves of blocks.
             for (in_features, out_features) in [(1032, 520), (4096, 100), (64, 4096), (264, 9001)] {
                 for rank in [3, 16, 24, 64, 100] {

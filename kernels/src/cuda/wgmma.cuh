@@ -35,6 +35,12 @@ __device__ __forceinline__ void wgmma_narrow(float (&d)[8][4], u64 left, u64 rig
                : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]), F4OF(d[4]), F4OF(d[5]), F4OF(d[6]), F4OF(d[7])
                : "l"(left), "l"(right), "r"(accumulate), "n"(ACROSS), "n"(ACROSS));
 }
+template <bool ACROSS = false>
+__device__ __forceinline__ void wgmma_narrow(float (&d)[16][4], u64 left, u64 right, int accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" NARROW("128") "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, %67, %68;\n}"
+               : F4OF(d[0]), F4OF(d[1]), F4OF(d[2]), F4OF(d[3]), F4OF(d[4]), F4OF(d[5]), F4OF(d[6]), F4OF(d[7]), F4OF(d[8]), F4OF(d[9]), F4OF(d[10]), F4OF(d[11]), F4OF(d[12]), F4OF(d[13]), F4OF(d[14]), F4OF(d[15])
+               : "l"(left), "l"(right), "r"(accumulate), "n"(ACROSS), "n"(ACROSS));
+}
 // The same of a left operand in registers, 16 of depth, and a right one that lies along the depth, or ACROSS it.
 template <bool ACROSS>
 __device__ __forceinline__ void wgmma_narrow(float (&d)[2][4], const u32 (&left)[4], u64 right, int accumulate) {
