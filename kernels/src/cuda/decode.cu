@@ -131,15 +131,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int step = 0; step < DEPTH / 16; ++step) wgmma_narrow(acc, left + step * DEPTH_STEP, right + step * DEPTH_STEP, 1);
     wgmma_commit();
     // Of the 16 columns that the warp adds to S. Of 8 tokens, the other rows are not looked at.
-    u32 ranks[RANK_TILES][2];
+    u32 ranks[RANK_TILES][2], in[TOKEN_TILES][4];
     load_ranks(ranks, a, warp, lane);
 #pragma unroll
-    for (int m = 0; m < TOKEN_TILES; ++m) {
-      u32 in[4];
-      ldmatrix(in, swizzled(x, m * 16 + (lane & 15), 2 * warp + (lane >> 4)));
+    for (int m = 0; m < TOKEN_TILES; ++m) ldmatrix(in[m], swizzled(x, m * 16 + (lane & 15), 2 * warp + (lane >> 4)));
+    fence_loads();
 #pragma unroll
-      for (int j = 0; j < RANK_TILES; ++j) mma(low[m][j], in[0], in[1], in[2], in[3], ranks[j][0], ranks[j][1]);
-    }
+    for (int m = 0; m < TOKEN_TILES; ++m)
+#pragma unroll
+      for (int j = 0; j < RANK_TILES; ++j) mma(low[m][j], in[m][0], in[m][1], in[m][2], in[m][3], ranks[j][0], ranks[j][1]);
     wgmma_wait<0>();
     __syncwarp();
     if (lane == 0) barrier_arrive(empty + 8 * stage);

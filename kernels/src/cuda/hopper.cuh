@@ -97,6 +97,9 @@ __device__ __forceinline__ void await_stores() { asm volatile("cp.async.bulk.wai
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 // The same of accesses to shared memory.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// After loads to registers from where the engine is to copy to next, and before an arrival that says so: an arrival waits for no
+// load before it. Where processes take turns on the card, one that is on its way then may find the next copy.
+__device__ __forceinline__ void fence_loads() { fence_shared(); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(); }

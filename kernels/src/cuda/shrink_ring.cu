@@ -73,15 +73,6 @@ struct ShrinkRing {
 #pragma unroll
           for (int n = 0; n < NT / 2; ++n) ldmatrix(av[n][k], swizzled(a, n * 16 + (lane >> 4) * 8 + (lane & 7), chunk + (lane >> 3 & 1)));
         }
-        if (half == 1) {
-          __syncwarp();
-          if (lane == 0) barrier_arrive(empty + 8 * stage);
-          if (loads && ahead < count) {
-            barrier_wait(empty + 8 * stage, parity);
-            fetch_x(unit, ahead, stage), fetch_a(ahead, stage);
-            ++ahead;
-          }
-        }
 #pragma unroll
         for (int m = 0; m < TILES; ++m)
 #pragma unroll
@@ -93,6 +84,14 @@ struct ShrinkRing {
 #pragma unroll
             for (int n = 0; n < NT; ++n) mma(acc[m][n], v[0], v[1], v[2], v[3], av[n / 2][k][n % 2 * 2], av[n / 2][k][n % 2 * 2 + 1]);
           }
+      }
+      fence_loads();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + 8 * stage);
+      if (loads && ahead < count) {
+        barrier_wait(empty + 8 * stage, parity);
+        fetch_x(unit, ahead, stage), fetch_a(ahead, stage);
+        ++ahead;
       }
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }

@@ -247,6 +247,7 @@ __device__ __forceinline__ void side_work(
         for (int j = 0; j < RANK_STEPS; ++j) load_q(a[j], q_at, i, j);
         add_across<MASKED>(acc, a, ring + stage * BOX_BYTES, i, ring_bits + stage * BITS_BYTES, unit.col0, lane);
       }
+      fence_loads();
       __syncwarp();
       int ahead = strip + SIDE_STAGES;
       if (ahead < unit.strips) fetch(unit, ahead, stage);
