@@ -18,7 +18,7 @@ const THREADS: u32 = 160;
 const DEPTH: usize = 64;
 const MOST_STAGES: usize = 10;
 /// Shared memory that blocks of a multiprocessor may have.
-const SHARED_BYTES: usize = 226 << 10;
+pub(crate) const SHARED_BYTES: usize = 226 << 10;
 const MOST_TOKENS: usize = 128;
 const MOST_RANKS: usize = 64;
 /// Most tokens (padded) times ranks (padded), by the registers that a thread has for S.
@@ -27,7 +27,7 @@ const LARGEST_S: usize = 4096;
 const LARGEST_S_OF_TWO: usize = 2048;
 
 /// Tokens as the kernel sees them: tiles of 8.
-fn token_tiles(tokens: usize) -> usize {
+pub(crate) fn token_tiles(tokens: usize) -> usize {
     tokens.div_ceil(8).next_power_of_two()
 }
 
@@ -59,7 +59,7 @@ fn static_bytes(tiles: usize, ranks: usize) -> usize {
 }
 
 /// Stages of the ring, and bytes of dynamic shared memory, of a block that has `room`.
-fn ring<P: Element>(tiles: usize, ranks: usize, room: usize) -> (usize, usize) {
+pub(crate) fn ring<P: Element>(tiles: usize, ranks: usize, room: usize) -> (usize, usize) {
     let stage = DEPTH * (2 * (ROWS + 8 * tiles) + size_of::<P>() * ranks);
     let stages = ((room - static_bytes(tiles, ranks)) / stage).min(MOST_STAGES);
     // In the end S of each warp stands there, in f32, and of all in halves.

@@ -32,9 +32,7 @@ __device__ __forceinline__ void load_ranks(u32 (&ranks)[RANK_TILES][2], u32 a, i
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int col = part % 2 * 16 + half * 8 + 2 * (lane & 3);
-      float2 v;
-      u32 at = swizzled(a + part / 2 * (RT * 128), j * 8 + (lane >> 2), col / 4) + col % 4 * 4;
-      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
+      float2 v = load_floats(swizzled(a + part / 2 * (RT * 128), j * 8 + (lane >> 2), col / 4) + col % 4 * 4);
       ranks[j][half] = pack_halves(v.x, v.y);
     }
 #else
@@ -45,14 +43,6 @@ __device__ __forceinline__ void load_ranks(u32 (&ranks)[RANK_TILES][2], u32 a, i
     ranks[j][0] = two[0], ranks[j][1] = two[1], ranks[j + 1][0] = two[2], ranks[j + 1][1] = two[3];
   }
 #endif
-}
-
-// Writes to where `there` is in another block of the cluster.
-__device__ __forceinline__ void store_to(float4* there, int block, float4 v) {
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(shared_address(there)), "r"(block), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-      : "memory");
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) decode(
@@ -67,7 +57,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   DYNAMIC_SHARED(shared);
   SHARED_BARRIERS(barriers, 2 * MOST_STAGES);
   // From the other block: its sums of this one's tokens, a fragment for each thread, and of S.
-  __shared__ float4 y_came[TOKEN_TILES][WARPS * 32], s_came[S_TILES][32];
+  SHARED_ARRAY(float4, y_came, TOKEN_TILES * WARPS * 32);
+  SHARED_ARRAY(float4, s_came, S_TILES * 32);
   // Where the ring was: S of every warp's depth, and of the block's as right operands.
   float4* s_parts = reinterpret_cast<float4*>(shared);                       // [warp, tile, lane]
   u32* s_all = reinterpret_cast<u32*>(s_parts + WARPS * S_TILES * 32);       // [8 tokens, 8 ranks, lane]
@@ -169,7 +160,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     own[i] = sum = {scale * sum.x, scale * sum.y, scale * sum.z, scale * sum.w};
     s_all[(2 * m * RANK_TILES + j) * 32 + lane] = pack_halves(sum.x, sum.y);
     if (NT > 1) s_all[((2 * m + 1) * RANK_TILES + j) * 32 + lane] = pack_halves(sum.z, sum.w);
-    if (saves && share == 1) store_to(&s_came[tile][lane], 0, sum);
+    if (saves && share == 1) store_to_block(s_came + tile * 32 + lane, 0, sum);
   }
   math_sync();
 #pragma unroll
@@ -182,11 +173,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   // A thread has two tokens side by side: one for each block.
   auto of = [&](int n, int block, int h) { return n < NT ? block ? acc[n][2 * h + 1] : acc[n][2 * h] : 0.f; };
 #pragma unroll
-  for (int m = 0; m < TOKEN_TILES; ++m) store_to(&y_came[m][threadIdx.x], other, {of(2 * m, other, 0), of(2 * m, other, 1), of(2 * m + 1, other, 0), of(2 * m + 1, other, 1)});
+  for (int m = 0; m < TOKEN_TILES; ++m) store_to_block(y_came + m * WARPS * 32 + threadIdx.x, other, {of(2 * m, other, 0), of(2 * m, other, 1), of(2 * m + 1, other, 0), of(2 * m + 1, other, 1)});
   cluster_sync();
 #pragma unroll
   for (int m = 0; m < TOKEN_TILES; ++m) {
-    float4 came = y_came[m][threadIdx.x];
+    float4 came = y_came[m * WARPS * 32 + threadIdx.x];
     float theirs[2][2] = {{came.x, came.y}, {came.z, came.w}};
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -201,7 +192,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int i = 0; i < SHARES; ++i) {
       int tile = warp + i * WARPS, token = tile / RANK_TILES * 16 + g, r = tile % RANK_TILES * 8 + 2 * t;
       if (tile >= S_TILES) break;
-      float4 came = s_came[tile][lane];
+      float4 came = s_came[tile * 32 + lane];
       if (token < tokens) *reinterpret_cast<u32*>(s + token * RT + r) = pack_halves(own[i].x + came.x, own[i].y + came.y);
       if (token + 8 < tokens) *reinterpret_cast<u32*>(s + (token + 8) * RT + r) = pack_halves(own[i].z + came.z, own[i].w + came.w);
     }

@@ -195,6 +195,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       math.await();
       u32 at = math.at(math.ring.stage);
       add_masked_rank(math.d, at + (math.group * 64 + math.warp * 16) * 128, at + INPUT_BYTES, keep, DROPOUT == 1 ? dropout.scale : 1.f, lane);
+      fence_loads();
       sync_some<128>(math.group + 1);
 #else
       math.await();

@@ -6,6 +6,7 @@ struct alignas(64) TensorMap {
 // Memory of a block, for boxes and for barriers.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define SHARED_BARRIERS(name, count) __shared__ __align__(8) u64 name[count]
+#define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
 
 // ---- barriers, copies, clusters --------------------------------------------------------------
 // The barriers order the copy engine and wgmma (async proxy), which needs no fence of wider scope;
@@ -126,6 +127,18 @@ __device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], u32 address) {
 __device__ __forceinline__ void store_matrix(u32 address, const u32* r) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
+}
+__device__ __forceinline__ float2 load_floats(u32 address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
+// To where `there` is in another block of the cluster.
+__device__ __forceinline__ void store_to_block(float4* there, u32 block, float4 v) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(shared_address(there)), "r"(block), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
 }
 __device__ __forceinline__ u32 load_shared_byte(u32 address) {
   u32 v;

@@ -13,6 +13,7 @@
 #include "../cuda/bits.cuh"
 
 #include "wgmma.hpp"
+#include "launch.hpp"
 
 #include "../cuda/gemm.cuh"
 #include "../cuda/math.cuh"
@@ -36,40 +37,20 @@ static Tail tail;
 static std::vector<T> bias;
 static std::vector<u32> kept;
 
-static void run_thread() {
+static void run() {
   gemm(input_map, weight_map, q_map, p_map, out_map, down_map, input_map, input_map, bias.data(), rows, cols, depth, RANK, busy, dropout, kept.data(), flags, down, Side{}, tail);
-  if (running->products.size() > 1 || running->stores.size() > 1) fail("a thread ends before its products or stores");
-  running->ended = true;
-  ++steps_taken;
-  yield();
-}
-
-static Thread* new_thread(Block* block, u32 index) {
-  constexpr int BYTES = 64 << 10;
-  auto stack = static_cast<char*>(aligned_alloc(64, BYTES)) + BYTES - 64;
-  auto top = reinterpret_cast<void**>(stack);
-  *--top = nullptr;  // aligns as a call does
-  *--top = reinterpret_cast<void*>(run_thread);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  return new Thread{top, block, {index}, {(u32)block->index}};
 }
 
 int main(int count, char** arguments) {
-  int next = 1;
-  auto number = [&] { return next < count ? strtod(arguments[next++], nullptr) : (fail("too few arguments"), 0.); };
+  Arguments number(count, arguments);
   rows = number(), depth = number(), cols = number(), busy = number();
   down.shares = number(), down.window = number(), down.early = number(), down.delay = number(), down.at_once = number(), down.stride = number(), down.scale = number();
   tail.first = number(), tail.split = number();
   dropout.step = number(), dropout.seed = number(), dropout.site = number(), dropout.threshold = number(), dropout.scale = number();
 
-  auto read = [](size_t size) {
-    std::vector<T> v(size);
-    if (fread(v.data(), sizeof(T), size, stdin) != size) fail("the input is too short");
-    return v;
-  };
   int down_cols = (depth + 7) / 8 * 8, p_cols = BACKWARD ? (cols + 7) / 8 * 8 : RANK, p_rows = BACKWARD ? RANK : cols;
-  auto x = read((size_t)rows * depth), w = read((size_t)cols * depth), p = read((size_t)p_rows * p_cols), a = read((size_t)RANK * down_cols);
-  bias = read(cols);
+  auto x = read<T>((size_t)rows * depth), w = read<T>((size_t)cols * depth), p = read<T>((size_t)p_rows * p_cols), a = read<T>((size_t)RANK * down_cols);
+  bias = read<T>(cols);
   std::vector<T> q((size_t)rows * RANK, 0xffff), out((size_t)rows * cols, 0xffff);
   int cluster_rows = (rows + 255) / 256, tiles = cluster_rows * ((cols + 255) / 256), pieces = (tiles - tail.first) * tail.split;
   std::vector<u32> words(1 + 4 * cluster_rows + max(0, tiles - tail.first) * CLUSTER_WARPS);
@@ -86,30 +67,7 @@ int main(int count, char** arguments) {
     for (int lane = 0; lane < WARP; ++lane) store_bits(dropout, kept.data(), unit, rows, cols, lane);
 #endif
 
-  std::vector<Cluster> clusters(busy);
-  std::vector<Block> blocks(CLUSTER * busy);
-  std::vector<Thread*> threads;
-  for (int i = 0; i < CLUSTER * busy; ++i) {
-    Block& block = blocks[i];
-    block.index = i, block.rank = i % CLUSTER, block.cluster = &clusters[i / CLUSTER];
-    for (int j = 0; j < CLUSTER; ++j) block.cluster_blocks[j] = &blocks[i / CLUSTER * CLUSTER + j];
-    block.shared = static_cast<unsigned char*>(aligned_alloc(1024, Block::SHARED));
-    memset(block.shared, 0xff, Block::SHARED);
-    for (u32 t = 0; t < THREADS; ++t) threads.push_back(new_thread(&block, t));
-  }
-  u64 seen = 0;
-  for (int idle = 0; !threads.empty();) {
-    for (Thread* thread : threads) running = thread, switch_stack(&scheduler, thread->stack);
-    do_copies();
-    threads.erase(std::remove_if(threads.begin(), threads.end(), [](Thread* t) { return t->ended; }), threads.end());
-    idle = steps_taken == seen && copies.empty() ? idle + 1 : 0, seen = steps_taken;
-    if (idle > 100) fail("all threads wait");
-    // Another block is the first.
-    std::rotate(threads.begin(), threads.begin() + (threads.empty() ? 0 : steps_taken * THREADS % threads.size()), threads.end());
-  }
-  for (Block& block : blocks)
-    for (auto& [at, barrier] : block.barriers)
-      if (barrier.bytes) fail("bytes are left that nobody awaited");
-  fwrite(q.data(), sizeof(T), q.size(), stdout), fwrite(out.data(), sizeof(T), out.size(), stdout);
+  launch(run, {(u32)(CLUSTER * busy), 1}, THREADS, CLUSTER);
+  write(q), write(out);
   return 0;
 }

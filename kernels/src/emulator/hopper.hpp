@@ -1,14 +1,19 @@
 // In the place of hopper.cuh. Addresses in shared memory are those in a block's own.
 struct TensorMap {
-  T* data;
-  int rows, cols, stride, box_rows;  // in elements; a box has 64 columns
+  void* data;
+  int rows, cols, stride, box_rows;  // in elements; a box has rows of 128 bytes
+  int bytes = sizeof(T);             // of an element
 };
-constexpr int BOX_COLUMNS = 64;
-// A copy's element of a box in 128-byte rows, swizzled.
-inline u32 in_box(int row, int col) { return row * 128 + ((col / 8 ^ (row & 7)) << 4) + col % 8 * 2; }
+// Where a box has byte `at` of a row, swizzled.
+inline u32 in_box(int row, int at) { return row * 128 + ((at / 16 ^ (row & 7)) << 4) + at % 16; }
+// An element's place in memory, null where there is none.
+inline unsigned char* element_of(const TensorMap& map, int row, int col) {
+  return row < map.rows && col < map.cols ? static_cast<unsigned char*>(map.data) + ((i64)row * map.stride + col) * map.bytes : nullptr;
+}
 
 // A kernel has one of each.
 #define DYNAMIC_SHARED(name) unsigned char* name = running->block->shared + Block::STATIC_BYTES
+#define SHARED_ARRAY(type, name, count) type* name = reinterpret_cast<type*>(shared_array(__LINE__, sizeof(type) * (count)))
 #define SHARED_BARRIERS(name, count) u64* name = reinterpret_cast<u64*>(running->block->shared)
 
 inline u32 shared_address(const void* p) { return (u32)((const unsigned char*)p - running->block->shared); }
@@ -51,17 +56,25 @@ inline void barrier_wait(u32 bar, u32 parity) {
 inline void barrier_arrive_cluster(u32 bar, u32 block) { barrier_arrive_at(bar, block); }
 inline void barrier_wait_cluster(u32 bar, u32 parity) { barrier_wait(bar, parity); }
 
+// Of `bytes` bytes to shared memory.
+inline void check_loads(Block* block, u32 dst, u32 bytes) {
+  for (Thread* thread : block->threads)
+    for (u32 at : thread->loads)
+      if (at + 16 > dst && at < dst + bytes) fail("a copy to where a thread has loaded from, with no fence since");
+}
 inline void copy_box(Block* block, u32 dst, const TensorMap& map, int col, int row, u32 bar) {
   for (int r = 0; r < map.box_rows; ++r)
-    for (int c = 0; c < BOX_COLUMNS; ++c) {
-      T v = row + r < map.rows && col + c < map.cols ? map.data[(i64)(row + r) * map.stride + col + c] : 0;
-      memcpy(block->shared + dst + in_box(r, c), &v, sizeof v);
+    for (int c = 0; c < 128 / map.bytes; ++c) {
+      unsigned char *to = block->shared + dst + in_box(r, c * map.bytes), *from = element_of(map, row + r, col + c);
+      if (from) memcpy(to, from, map.bytes);
+      else memset(to, 0, map.bytes);
     }
   come(block, bar, map.box_rows * 128);
 }
 inline void ask_box(Block* block, u32 dst, const TensorMap& map, int col, int row, u32 bar) {
   if (dst % 1024) fail("a box begins at an odd place");
-  copies.push_back([=, &map] { copy_box(block, dst, map, col, row, bar); });
+  check_loads(block, dst, map.box_rows * 128);
+  ask_copy([=, &map] { copy_box(block, dst, map, col, row, bar); });
 }
 inline void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) { ask_box(running->block, dst, map, col, row, bar); }
 inline void load_box_once(u32 dst, const TensorMap& map, int col, int row, u32 bar) { load_box(dst, map, col, row, bar); }
@@ -73,7 +86,8 @@ inline void prefetch_map(const TensorMap&) {}
 inline void prefetch_box(const TensorMap&, int, int) {}
 inline void load_bytes(u32 dst, const void* src, u32 bytes, u32 bar) {
   if (dst % 16 || (u64)src % 16 || bytes % 16) fail("bytes are copied from or to an odd place");
-  copies.push_back([=, block = running->block] {
+  check_loads(running->block, dst, bytes);
+  ask_copy([=, block = running->block] {
     memcpy(block->shared + dst, src, bytes);
     come(block, bar, bytes);
   });
@@ -81,8 +95,8 @@ inline void load_bytes(u32 dst, const void* src, u32 bytes, u32 bar) {
 inline void store_box(const TensorMap& map, int col, int row, u32 src) {
   running->stores.back().push_back([=, &map] {
     for (int r = 0; r < map.box_rows; ++r)
-      for (int c = 0; c < BOX_COLUMNS; ++c)
-        if (row + r < map.rows && col + c < map.cols) memcpy(&map.data[(i64)(row + r) * map.stride + col + c], shared_at(src + in_box(r, c)), sizeof(T));
+      for (int c = 0; c < 128 / map.bytes; ++c)
+        if (unsigned char* to = element_of(map, row + r, col + c)) memcpy(to, shared_at(src + in_box(r, c * map.bytes)), map.bytes);
   });
 }
 inline void commit_stores() { running->stores.emplace_back(); }
@@ -91,11 +105,12 @@ void await_stores_left() { do_groups(running->stores, PENDING); }
 inline void await_stores() { await_stores_left<0>(); }
 inline void fence_copies() {}
 inline void fence_shared() {}
+inline void fence_loads() { running->loads.clear(); }
 
 inline void cluster_arrive() {
   Meeting& meeting = running->block->cluster->meeting;
   running->cluster_time = meeting.times;
-  if (++meeting.come == 2 * MOST_WARPS * WARP) meeting.come = 0, ++meeting.times, ++steps_taken;
+  if (++meeting.come == 2 * (int)running->block->threads.size()) meeting.come = 0, ++meeting.times, ++steps_taken;
 }
 inline void cluster_arrive_early() { cluster_arrive(); }
 inline void cluster_wait() {
@@ -104,11 +119,20 @@ inline void cluster_wait() {
 inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
 inline u32 block_in_cluster() { return running->block->rank; }
 
+inline float2 load_floats(u32 address) {
+  running->loads.push_back(address / 16 * 16);
+  float2 v;
+  memcpy(&v, shared_at(address), sizeof v);
+  return v;
+}
+inline void store_to_block(float4* there, u32 block, float4 v) { memcpy(running->block->cluster_blocks[block]->shared + shared_address(there), &v, sizeof v); }
+
 // Lanes 8m to 8m + 7 have the addresses of the rows of matrix m; a lane has two elements of each.
 inline void ldmatrix(u32 (&r)[4], u32 address) {
   Warp& warp = this_warp();
   int lane = this_lane();
   warp.given[lane][0] = address;
+  running->loads.push_back(address);
   __syncwarp();
   for (int m = 0; m < 4; ++m) memcpy(&r[m], shared_at(warp.given[8 * m + lane / 4][0] + lane % 4 * 4), 4);
   __syncwarp();
@@ -118,6 +142,7 @@ inline void ldmatrix_transposed(u32 (&r)[4], u32 address) {
   Warp& warp = this_warp();
   int lane = this_lane();
   warp.given[lane][0] = address;
+  running->loads.push_back(address);
   __syncwarp();
   for (int m = 0; m < 4; ++m) {
     T two[2];

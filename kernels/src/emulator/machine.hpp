@@ -58,7 +58,7 @@ inline u32 __float_as_uint(float f) {
 }
 
 // ---- threads ---------------------------------------------------------------------------------
-constexpr int WARP = 32, WARPGROUP = 128, MOST_WARPS = 12;
+constexpr int WARP = 32, WARPGROUP = 128, MOST_WARPS = 16;
 
 // Threads that go on when as many as are awaited have come.
 struct Meeting {
@@ -73,23 +73,29 @@ struct Barrier {
 };
 struct Warp {
   Meeting meeting;
+  bool sleeps = false;  // in this round
   u32 given[WARP][6];  // by its lanes to each other
 };
 struct Cluster {
   Meeting meeting;
 };
+struct Thread;
 struct Block {
-  static constexpr int STATIC_BYTES = 1024, SHARED = 1 << 18;
+  static constexpr int STATIC_BYTES = 64 << 10, SHARED = 1 << 19;
   int index, rank;  // of the grid, of the cluster
   Cluster* cluster;
   Block* cluster_blocks[2];
   unsigned char* shared;  // first what is not dynamic
   std::map<u32, Barrier> barriers;
+  std::map<int, u32> arrays;  // what is not dynamic, by the line that declares it
+  u32 arrays_end = 1024;      // behind the barriers
+  std::vector<Thread*> threads;
+  Meeting meeting;
   Warp warps[MOST_WARPS];
   Meeting warpgroups[MOST_WARPS * WARP / WARPGROUP], named[16];
 };
 struct Index {
-  u32 x;
+  u32 x, y;
 };
 struct Thread {
   void* stack;
@@ -97,6 +103,7 @@ struct Thread {
   Index in_block, block_in_grid;
   u64 cluster_time = 0;
   bool ended = false;
+  std::vector<u32> loads;  // of 16 bytes of shared memory each, since the last fence
   // Products and stores that have been asked for, in groups; the last is still open.
   std::vector<std::vector<std::function<void()>>> products{1}, stores{1};
 };
@@ -104,16 +111,22 @@ inline Thread* running;
 inline void* scheduler;
 inline u64 steps_taken;  // by any thread: what others may wait for
 
-// Copies that have been asked for.
+// Copies that have been asked for. One in four is done at once, and about half of the others whenever all threads wait or end.
 inline std::vector<std::function<void()>> copies;
-// Does about half of them.
+inline u32 random_bits() {
+  static u32 state = 1;
+  state = state * 1664525 + 1013904223;
+  return state >> 30;
+}
+inline void ask_copy(std::function<void()> copy) {
+  if (random_bits() == 0) copy();
+  else copies.push_back(std::move(copy));
+}
 inline void do_copies() {
-  static u32 random = 1;
   auto asked = std::move(copies);
   copies.clear();
   for (auto& copy : asked) {
-    random = random * 1664525 + 1013904223;
-    if (random >> 31) copy();
+    if (random_bits() >> 1) copy();
     else copies.push_back(std::move(copy));
   }
 }
@@ -163,10 +176,18 @@ inline void meet(Meeting& meeting, int count) {
 }
 inline Warp& this_warp() { return running->block->warps[threadIdx.x / WARP]; }
 inline int this_lane() { return threadIdx.x % WARP; }
+inline void __syncthreads() { meet(running->block->meeting, running->block->threads.size()); }
 inline void __syncwarp() { meet(this_warp().meeting, WARP); }
 inline void sync_warpgroup() { meet(running->block->warpgroups[threadIdx.x / WARPGROUP], WARPGROUP); }
 
 inline unsigned char* shared_at(u32 address) { return running->block->shared + address; }
+inline unsigned char* shared_array(int line, u32 bytes) {
+  Block& block = *running->block;
+  auto [found, is_new] = block.arrays.emplace(line, block.arrays_end);
+  if (is_new) block.arrays_end += (bytes + 15) / 16 * 16;
+  if (block.arrays_end > Block::STATIC_BYTES) fail("too many arrays in shared memory");
+  return block.shared + found->second;
+}
 
 // ---- machine.cuh -----------------------------------------------------------------------------
 inline void await_previous() {}

