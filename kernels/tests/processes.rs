@@ -5,12 +5,13 @@ mod support;
 use std::env;
 use std::process::{Child, Command};
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::CudaStream;
 use half::{bf16, f16};
 use lora_kernels::{Dropout, Kernels, Place};
 
-use support::{Case, Inputs, Real, device};
+use support::{Case, Inputs, Real, device, end_within};
 
 /// Set for the processes that the test starts.
 const OTHER: &str = "LORA_KERNELS_OTHER_PROCESS";
@@ -19,6 +20,7 @@ const NAME: &str = "results_stay_the_same_beside_other_processes";
 #[test]
 fn results_stay_the_same_beside_other_processes() {
     let Some(context) = device() else { return };
+    end_within(Duration::from_secs(600));
     let others: Vec<Child> = match env::var_os(OTHER) {
         Some(_) => Vec::new(),
         None => (0..3).map(|_| another()).collect(),

@@ -2,16 +2,18 @@
 
 mod support;
 
+use std::time::Duration;
 use std::{iter, thread};
 
 use half::bf16;
 use lora_kernels::{Dropout, Kernels, Place, Preference};
 
-use support::{Case, Inputs, device};
+use support::{Case, Inputs, device, end_within};
 
 #[test]
 fn streams_end_beside_each_other_and_give_what_each_gives_alone() {
     let Some(context) = device() else { return };
+    end_within(Duration::from_secs(300));
     let kernels = Kernels::new(&context).unwrap().prefer(Preference::Hopper);
     // Alone at first: its kernels are launched like any others until the other streams come.
     let first = context.new_stream().unwrap();

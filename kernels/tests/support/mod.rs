@@ -2,8 +2,10 @@
 
 #![allow(dead_code)] // each test file uses its part of this module
 
+use std::process;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use half::{bf16, f16};
@@ -18,6 +20,15 @@ pub fn device() -> Option<Arc<CudaContext>> {
         eprintln!("skipped: no CUDA driver or no device here");
     }
     context
+}
+
+/// Fails, with this process, if it is still there after `limit`: blocks that wait for each other forever let no test end.
+pub fn end_within(limit: Duration) {
+    thread::spawn(move || {
+        thread::sleep(limit);
+        eprintln!("the card has not done its work within {limit:?}");
+        process::exit(1);
+    });
 }
 
 /// Element types with conversions the reference needs.
