@@ -7,7 +7,7 @@ use crate::cubin::{Compiler, Request};
 use crate::error::{Error, Result};
 use crate::kernels::{Kernel, lock};
 use crate::shrink_ring::Teams;
-use crate::sweep;
+use crate::{decode, sweep};
 
 /// Compiles the kernels that can run on `arch` (for example `sm_90a`) with NVRTC and returns how many.
 ///
@@ -125,12 +125,16 @@ fn instances(arch: &str) -> Vec<(Kernel, Defines)> {
     if arch == "sm_90a" {
         let base = [("DTYPE", 1), ("ALIGNED", 1)];
         all.push((Kernel::Bits, base.to_vec()));
-        let up_to_64 = [1, 2, 4, 8]
+        let decoded = [1, 2, 4, 8, 16]
             .into_iter()
             .flat_map(|tiles| [16, 32, 64].map(|ranks| (tiles, ranks)));
-        for (tiles, ranks) in up_to_64.chain([(16, 16), (16, 32)]) {
+        for (tiles, ranks) in decoded.filter(|&(tiles, ranks)| decode::fits(tiles, ranks)) {
             for adapter_f32 in [0, 1] {
-                let options = [("NT", tiles), ("RT", ranks), ("ADAPTER_F32", adapter_f32)];
+                let options = [
+                    ("NT", tiles as u32),
+                    ("RT", ranks as u32),
+                    ("ADAPTER_F32", adapter_f32),
+                ];
                 all.push((Kernel::Decode, [&base[..], &options[..]].concat()));
             }
         }

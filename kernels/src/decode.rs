@@ -31,6 +31,11 @@ pub(crate) fn token_tiles(tokens: usize) -> usize {
     tokens.div_ceil(8).next_power_of_two()
 }
 
+/// Whether a thread has the registers for S of so many tiles and padded ranks.
+pub(crate) fn fits(tiles: usize, ranks: usize) -> bool {
+    8 * tiles <= MOST_TOKENS && ranks <= MOST_RANKS && 8 * tiles * ranks <= LARGEST_S
+}
+
 /// Blocks of a launch.
 fn blocks(out_features: usize) -> usize {
     CLUSTER * out_features.div_ceil(ROWS)
@@ -83,10 +88,9 @@ impl Launcher<'_> {
             && self.kernels.arch() == "sm_90a"
             && T::DTYPE != DType::F32
             && !masked
-            && (1..=MOST_TOKENS).contains(&xs.rows)
+            && xs.rows > 0
             && (tiles <= 8 || at_once)
-            && linear.rank <= MOST_RANKS
-            && 8 * tiles * padded_rank(linear.rank) <= LARGEST_S
+            && fits(tiles, padded_rank(linear.rank))
             && self.aligned(xs)
             && on_vectors(self.address(&linear.weight))
             && on_vectors(self.address(&linear.a))
@@ -167,7 +171,7 @@ mod tests {
             let tiles = token_tiles(tokens);
             assert!(tokens <= 8 * tiles, "{tokens} tokens in {tiles} tiles");
             for ranks in [16, 32, 64].map(padded_rank) {
-                if 8 * tiles * ranks > LARGEST_S {
+                if !fits(tiles, ranks) {
                     continue;
                 }
                 for room in [SHARED_BYTES, room(tiles, ranks, true)] {

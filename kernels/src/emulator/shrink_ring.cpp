@@ -32,8 +32,8 @@ int main(int count, char** arguments) {
   int lda = (cols + 63) / 64 * 64;
   auto x = read<T>((size_t)rows * cols), a = read<T>((size_t)ranks * lda);
   s.assign((size_t)rows * ranks, 0xffff);
-  x_map = {x.data(), rows, cols, cols, Rings::ROWS}, a_map = {a.data(), ranks, lda, lda, RT};
-  launch(run, {(u32)((rows + Rings::ROWS - 1) / Rings::ROWS), (u32)(ranks / RT)}, Rings::WARPS * 32, 1);
+  x_map = {x.data(), rows, cols, cols, ROWS}, a_map = {a.data(), ranks, lda, lda, RT};
+  launch(run, {(u32)((rows + ROWS - 1) / ROWS), (u32)(ranks / RT)}, THREADS, 1);
   write(s);
   return 0;
 }
