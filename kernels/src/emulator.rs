@@ -15,9 +15,14 @@ use std::thread;
 
 use half::bf16;
 
+use crate::dropout::{Dropout, Mask, Place};
+
 mod decode;
 mod gemm;
 mod shrink_ring;
+
+/// Of S.
+const SCALE: f64 = 0.375;
 
 /// A kernel with its options, deleted with this.
 struct Program {
@@ -101,6 +106,35 @@ impl Program {
         let rest = values.split_off(split);
         (values, rest)
     }
+}
+
+/// What drops a quarter, where `masked`, or nothing, and its mask.
+fn dropout(masked: bool) -> (Dropout, Mask) {
+    let p = if masked { 0.25 } else { 0.0 };
+    let dropout = Dropout::new(Place::Pre, p, 0x1234_5678_9abc, 5, 7).expect("a probability");
+    let mask = Dropout::at(Some(dropout), Place::Pre).unwrap_or(Mask {
+        scale: 1.0,
+        ..Mask::default()
+    });
+    (dropout, mask)
+}
+
+/// A mask as a program takes it.
+fn numbers(mask: Mask) -> [f64; 5] {
+    let Mask {
+        step,
+        seed,
+        site,
+        threshold,
+        scale,
+    } = mask;
+    [
+        step as f64,
+        seed.into(),
+        site.into(),
+        threshold.into(),
+        scale.into(),
+    ]
 }
 
 /// Numbers in [-1, 1) that a bf16 holds.

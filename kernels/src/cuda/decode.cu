@@ -60,8 +60,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   SHARED_ARRAY(float4, y_came, TOKEN_TILES * WARPS * 32);
   SHARED_ARRAY(float4, s_came, S_TILES * 32);
   // Where the ring was: S of every warp's depth, and of the block's as right operands.
-  float4* s_parts = reinterpret_cast<float4*>(shared);                       // [warp, tile, lane]
-  u32* s_all = reinterpret_cast<u32*>(s_parts + WARPS * S_TILES * 32);       // [8 tokens, 8 ranks, lane]
+  float4* s_parts = reinterpret_cast<float4*>(shared);                  // [warp, tile, lane]
+  u32* s_all = reinterpret_cast<u32*>(s_parts + WARPS * S_TILES * 32);  // [8 tokens, 8 ranks, lane]
   u32 ring = shared_address(shared), full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   int share = blockIdx.x % CLUSTER, other = 1 - share, row0 = blockIdx.x / CLUSTER * ROWS;

@@ -2,11 +2,9 @@
 
 use half::bf16;
 
-use super::{Program, SEED, bytes, is_close, random};
+use super::{Program, SCALE, SEED, bytes, is_close, random};
 use crate::decode::{SHARED_BYTES, ring, token_tiles};
 use crate::rows::padded_rank;
-
-const SCALE: f64 = 0.375;
 
 /// `(tokens, in, out, rank)` of layers, by a kernel whose rings have `stages` stages, or as many as there is room for.
 fn check(f32_adapter: bool, stages: Option<usize>, layers: &[(usize, usize, usize, usize)]) {

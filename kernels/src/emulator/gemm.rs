@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{Program, SEED, bytes, random};
+use super::{Program, SCALE, SEED, bytes, numbers, random};
 use crate::dropout::Mask;
 use crate::gemm::Product;
 use crate::hopper::TILE;
@@ -12,8 +12,6 @@ use crate::side;
 use crate::tail::Tail;
 
 mod cases;
-
-const SCALE: f64 = 0.375;
 
 /// A product of `[rows, depth]` with `cols` columns on a card that holds `clusters`.
 #[derive(Clone, Copy, Debug)]
@@ -101,18 +99,9 @@ impl Emulator {
             shares.stride,
         ]
         .map(|number| number as f64);
-        let arguments = [
-            SCALE,
-            tail.0 as f64,
-            tail.1 as f64,
-            mask.step as f64,
-            f64::from(mask.seed),
-            f64::from(mask.site),
-            f64::from(mask.threshold),
-            f64::from(mask.scale),
-        ];
+        let rest = [SCALE, tail.0 as f64, tail.1 as f64];
         let (s, out) = self.program.run(
-            &[&sizes[..], &arguments].concat(),
+            &[&sizes[..], &rest, &numbers(mask)].concat(),
             bytes(inputs.all()),
             rows * self.options.ranks,
         );

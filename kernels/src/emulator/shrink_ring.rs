@@ -1,17 +1,12 @@
 //! S in a pass of its own.
 
-use super::{Program, SEED, bytes, is_close, random};
-use crate::dropout::{Dropout, Mask, Place};
+use super::{Program, SCALE, SEED, bytes, dropout, is_close, numbers, random};
 use crate::rows::padded_width;
 use crate::shrink_ring::Teams;
 
-const SCALE: f64 = 0.375;
-
 /// `(rows, columns)` of inputs, for `blocks` of ranks, by each way in which blocks take their work.
 fn check(ranks: usize, blocks: usize, masked: bool, inputs: &[(usize, usize)]) {
-    let p = if masked { 0.25 } else { 0.0 };
-    let dropout = Dropout::new(Place::Pre, p, 0x1234_5678_9abc, 5, 7).expect("a probability");
-    let mask = Dropout::at(Some(dropout), Place::Pre).unwrap_or_default();
+    let (dropout, mask) = dropout(masked);
     for teams in Teams::all(ranks) {
         let mut defines = vec![("DROPOUT", usize::from(masked))];
         defines.extend(
@@ -29,22 +24,8 @@ fn check(ranks: usize, blocks: usize, masked: bool, inputs: &[(usize, usize)]) {
                 random(&mut state, rows * cols),
                 random(&mut state, all * wide),
             );
-            let numbers = [rows, cols, all, early % 2].map(|n| n as f64);
-            let Mask {
-                step,
-                seed,
-                site,
-                threshold,
-                scale,
-            } = mask;
-            let of_mask = [
-                step as f64,
-                seed.into(),
-                site.into(),
-                threshold.into(),
-                scale.into(),
-            ];
-            let arguments = [&numbers[..], &[SCALE], &of_mask].concat();
+            let sizes = [rows, cols, all, early % 2].map(|n| n as f64);
+            let arguments = [&sizes[..], &[SCALE], &numbers(mask)].concat();
             let (s, _) = program.run(&arguments, bytes(x.iter().chain(&a)), rows * all);
             assert_eq!(s.len(), rows * all);
             for row in 0..rows {

@@ -2,9 +2,8 @@
 
 use half::bf16;
 
-use super::super::is_close;
-use super::{Case, Emulator, Inputs, Options, SCALE};
-use crate::dropout::{Dropout, Mask, Place};
+use super::super::{SCALE, dropout, is_close};
+use super::{Case, Emulator, Inputs, Options};
 use crate::gemm::Product;
 use crate::hopper::DEPTH;
 
@@ -21,12 +20,7 @@ impl Emulator {
             ..
         } = self.options;
         let forward = product == Product::Forward;
-        let p = if masked { 0.25 } else { 0.0 };
-        let dropout = Dropout::new(Place::Pre, p, 0x1234_5678_9abc, 5, 7).expect("a probability");
-        let mask = Dropout::at(Some(dropout), Place::Pre).unwrap_or(Mask {
-            scale: 1.0,
-            ..Mask::default()
-        });
+        let (dropout, mask) = dropout(masked);
         let factor = |row: usize, col, width| f64::from(dropout.factor(row as u64, col, width));
         let inputs = Inputs::new(case, product, ranks);
         let (s, out) = self.run(case, mask, &inputs);
