@@ -33,9 +33,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const u32* kept,  // DROPOUT 2: bits of [rows, cols]
     Flags flags, const __grid_constant__ Down down, const __grid_constant__ Side side, const __grid_constant__ Tail tail) {
   DYNAMIC_SHARED(shared);
-  SHARED_BARRIERS(barriers, 2 * STAGES + 4);
+  SHARED_BARRIERS(barriers, 2 * STAGES + 3);
   u32 stages = shared_address(shared), stores = stages + STAGES * STAGE_BYTES;
-  u32 full = shared_address(barriers), empty = full + STAGES * 8, drained = empty + STAGES * 8, given = drained + 8, come = given + 8, summed = come + 8;
+  u32 full = shared_address(barriers), empty = full + STAGES * 8, drained = empty + STAGES * 8, given = drained + 8, come = given + 8;
 
   u32 block = block_in_cluster();
   int cluster = blockIdx.x / CLUSTER;
@@ -62,7 +62,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       barrier_init(empty + 8 * s, 2 * CLUSTER);  // both math warpgroups of both blocks
     }
     barrier_init(drained, 8), barrier_init(given, 8);  // math warps
-    barrier_init(come, 1), barrier_init(summed, 1);
+    barrier_init(come, 1);
   }
 #if SIDE
   SHARED_BARRIERS(side_barriers, SIDE_WARPS * SIDE_STAGES + 1);
@@ -146,8 +146,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         barrier_wait(given, parity);
         // There is room for the sums: the tile before has been stored, and `down` been multiplied.
         add_shares(down, DOWN == 2 ? down.scale * dropout.scale : down.scale, flags, tile.col / TILE_COLS, tile.row, rows, shared + STAGES * STAGE_BYTES, come, sums_parity, threadIdx.x & 31);
-        __syncwarp();
-        if ((threadIdx.x & 31) == 0) barrier_arrive(summed);
       }
     }
 #endif
@@ -213,8 +211,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
     int index = cluster;
 #if DOWN
-    u32 summed_parity = 0;
-    for (; index < tiles && walk.makes(index); index += busy, summed_parity ^= 1) {
+    for (; index < tiles && walk.makes(index); index += busy) {
       begin(index);
       Share share(down, tile.col / TILE_COLS, making_blocks);
       float low[2 * RANK_STEPS][4];  // of q
@@ -240,8 +237,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #if DROPOUT == 2
       keep.load(kept, row0, rows, tile.col, cols, lane);
 #endif
-      add_rank(making_blocks, No{});
-      barrier_wait(summed, summed_parity);  // what was added up there has been read
+      add_rank(making_blocks, No{});  // q has come: the sums in the output's buffers have been read
       round();
     }
 #endif
