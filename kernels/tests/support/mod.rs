@@ -157,17 +157,20 @@ impl<T: Real, P: Real> Inputs<T, P> {
 
     /// Forward and backward on the device, memory poisoned before.
     pub fn on_device(&self, kernels: &Kernels, stream: &Arc<CudaStream>, case: &Case) -> Results {
-        self.last_on_device(kernels, stream, case, 1)
+        self.runs_on_device(kernels, stream, case, 1, 1)
+            .next()
+            .unwrap()
     }
 
-    /// The last of `times` forwards and backwards, which are not awaited one by one.
-    pub fn last_on_device(
+    /// The last `kept` of `times` forwards and backwards, which are not awaited one by one.
+    pub fn runs_on_device(
         &self,
         kernels: &Kernels,
         stream: &Arc<CudaStream>,
         case: &Case,
         times: usize,
-    ) -> Results {
+        kept: usize,
+    ) -> impl Iterator<Item = Results> {
         let put = |v: &Vec<T>| stream.clone_htod(v).unwrap();
         let (xs, dys, weight, bias) = (
             put(&self.xs),
@@ -213,21 +216,24 @@ impl<T: Real, P: Real> Inputs<T, P> {
             (forward.ys, gradients)
         };
         poison(stream, case);
-        for _ in 1..times {
+        for _ in kept..times {
             run();
         }
-        let (ys, gradients) = run();
-        let Gradients {
-            xs: dxs,
-            a: da,
-            b: db,
-        } = gradients;
-        Results {
-            ys: read(stream, &ys),
-            dxs: read(stream, &dxs.unwrap()),
-            da: read(stream, &da),
-            db: read(stream, &db),
-        }
+        let runs: Vec<_> = (0..kept).map(|_| run()).collect();
+        let stream = stream.clone();
+        runs.into_iter().map(move |(ys, gradients)| {
+            let Gradients {
+                xs: dxs,
+                a: da,
+                b: db,
+            } = gradients;
+            Results {
+                ys: read(&stream, &ys),
+                dxs: read(&stream, &dxs.unwrap()),
+                da: read(&stream, &da),
+                db: read(&stream, &db),
+            }
+        })
     }
 
     /// The same in f64; `ys` and `dxs` only for every `stride`-th row.
