@@ -76,8 +76,8 @@ impl Program {
         Some(Self { path, name })
     }
 
-    /// Two matrices: the first `split` elements of the output, and the others.
-    fn run(&self, arguments: &[f64], input: Vec<u8>, split: usize) -> (Vec<bf16>, Vec<bf16>) {
+    /// The output.
+    fn run(&self, arguments: &[f64], input: Vec<u8>) -> Output {
         let mut child = Command::new(&self.path)
             .args(arguments.iter().map(f64::to_string))
             .stdin(Stdio::piped())
@@ -98,13 +98,34 @@ impl Program {
             .join()
             .expect("the input was written")
             .expect("the input was read");
-        let mut values: Vec<bf16> = output
-            .stdout
-            .chunks_exact(2)
-            .map(|two| bf16::from_bits(u16::from_le_bytes([two[0], two[1]])))
-            .collect();
-        let rest = values.split_off(split);
-        (values, rest)
+        Output(output.stdout)
+    }
+}
+
+/// What a program has written, matrix by matrix.
+struct Output(Vec<u8>);
+
+impl Output {
+    /// The next `N` bytes, `len` times.
+    fn take<const N: usize>(&mut self, len: usize) -> Vec<[u8; N]> {
+        assert!(self.0.len() >= N * len, "the output is too short");
+        let rest = self.0.split_off(N * len);
+        let taken = std::mem::replace(&mut self.0, rest);
+        taken.as_chunks().0.to_vec()
+    }
+
+    fn halves(&mut self, len: usize) -> Vec<bf16> {
+        let bits = self.take(len).into_iter().map(u16::from_le_bytes);
+        bits.map(bf16::from_bits).collect()
+    }
+
+    fn floats(&mut self, len: usize) -> Vec<f32> {
+        self.take(len).into_iter().map(f32::from_le_bytes).collect()
+    }
+
+    /// Nothing is left.
+    fn end(self) {
+        assert!(self.0.is_empty(), "the output is too long");
     }
 }
 

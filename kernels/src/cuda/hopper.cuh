@@ -82,6 +82,11 @@ __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, 
                "r"(bar)
                : "memory");
 }
+// 16 bytes by this thread, of `src` or zeros; on their way until `await_vectors`, which other threads know from a barrier.
+__device__ __forceinline__ void copy_vector(u32 dst, const void* src, bool live) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(live ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void await_vectors() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Of a group of this thread.
 __device__ __forceinline__ void store_box(const TensorMap& map, int col, int row, u32 src) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(col), "r"(row), "r"(src)

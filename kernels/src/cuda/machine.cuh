@@ -103,12 +103,20 @@ __device__ __forceinline__ void await_count(const u32* flag, u32 count) {
 }
 
 // ---- registers -------------------------------------------------------------------------------
-// Bytes 0 and 2 filled with their signs.
+// Halves filled with the signs of their low bytes.
 __device__ __forceinline__ u32 signs_of_halves(u32 v) {
   u32 signs;
   asm("prmt.b32 %0, %1, %1, 0xaa88;" : "=r"(signs) : "r"(v));
   return signs;
 }
+// And of their high bytes.
+__device__ __forceinline__ u32 high_signs_of_halves(u32 v) {
+  u32 signs;
+  asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(signs) : "r"(v));
+  return signs;
+}
+// What follows from `v` is computed from here on.
+__device__ __forceinline__ void late(int& v) { asm volatile("" : "+r"(v)); }
 // Loads a word at this place in the program.
 __device__ __forceinline__ u32 load_here(const u32* p) {
   u32 v;

@@ -47,9 +47,8 @@ __device__ __forceinline__ void load_pairs(u32 (&pairs)[2], u32 bits, int i, int
 
 __device__ __forceinline__ u32 masked(u32 two, u32 pair, int tile) {
   // The bits of tiles `tile` and `tile ^ 4` become the signs of bytes, which fill halves.
-  u32 signs = pair << (3 - (tile & 3)), keep;
-  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(keep) : "r"(signs), "r"(tile & 4 ? 0xaa88 : 0xbb99));
-  return two & keep;
+  u32 signs = pair << (3 - (tile & 3));
+  return two & (tile & 4 ? signs_of_halves(signs) : high_signs_of_halves(signs));
 }
 
 // Adds the 16 rows from row 16 * i of a box on.
@@ -76,12 +75,9 @@ __device__ __forceinline__ void add_across(float (&acc)[RANK_STEPS][8][4], const
     }
 }
 
-// What follows from `lane` is computed from here on; before the first unit, it would take registers all the time.
-__device__ __forceinline__ void late(int& lane) { asm volatile("" : "+r"(lane)); }
-
 // part[ranks, cols] = acc, columns from col0 on.
 __device__ __forceinline__ void store_across(const float (&acc)[RANK_STEPS][8][4], float* part, int col0, int cols, int lane) {
-  late(lane);
+  late(lane);  // computed before the first unit, addresses would take registers all the time
 #pragma unroll
   for (int j = 0; j < RANK_STEPS; ++j)
 #pragma unroll
@@ -101,18 +97,15 @@ constexpr int SIDE_BITS_BYTES = DROPOUT == 2 ? SIDE_WARPS * SIDE_STAGES * BITS_B
 
 __device__ __forceinline__ void side_sync() { sync_some<SIDE_WARPS * 32>(3); }
 
-// `count` rows of q from `row0` on, zero from `rows` on; on their way until `await_copies`.
+// `count` rows of q from `row0` on, zero from `rows` on; on their way until `await_vectors`.
 __device__ __forceinline__ void copy_rows(u32 dst, const T* src, int stride, int row0, int count, int rows, int thread) {
   constexpr int VECS = SIDE_RANK / 8;
 #pragma unroll 1
   for (int row = thread / VECS; row < count; row += SIDE_WARPS * 32 / VECS) {
     const T* from = src + (i64)min(row0 + row, rows - 1) * stride + thread % VECS * 8;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst + q_place(row, thread % VECS)), "l"(from), "r"(row0 + row < rows ? 16 : 0) : "memory");
+    copy_vector(dst + q_place(row, thread % VECS), from, row0 + row < rows);
   }
 }
-// Of this thread: a barrier is still to follow.
-__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 constexpr int PIECE_BYTES = 8 * BOX_COLS * 4;  // 8 ranks of a warp's columns
 
 // Puts the sums of all rows, which are laid out as for `store_across`, where they belong, through the warp's piece of
@@ -195,7 +188,7 @@ __device__ __forceinline__ void join_halves(float (&acc)[RANK_STEPS][8][4], floa
 // without tiles, or a negative one. Of `barriers`, each warp's ring has SIDE_STAGES; the last is for joining halves.
 __device__ __forceinline__ void side_work(
     const TensorMap& map0, const TensorMap& map1, const Side& side, int rows, const u32* kept, const Flags& flags, unsigned char* shared, u32 barriers, int thread, int idle, u32 block) {
-  __shared__ u32 slots[2];
+  SHARED_ARRAY(u32, slots, 2);
   int lane = thread & 31, warp = thread >> 5;
   u32 full = barriers + warp * SIDE_STAGES * 8, joined = barriers + SIDE_WARPS * SIDE_STAGES * 8;
   u32 ring = shared_address(shared) + warp * SIDE_STAGES * BOX_BYTES;
@@ -218,7 +211,7 @@ __device__ __forceinline__ void side_work(
       if (masked) load_box_bits(ring_bits + stage * BITS_BYTES, kept, row, unit.col0, side.sum1.cols, bar);
     }
   };
-  // On their way until `await_copies`.
+  // On their way until `await_vectors`.
   auto copy_q_rows = [&](const SideUnit& unit, int first) {
     int row0 = unit.row0 + first, count = min(Q_ROWS, unit.strips * BOX_ROWS - first);
 #if DOWN
@@ -235,7 +228,7 @@ __device__ __forceinline__ void side_work(
       if (q_at == q_first + Q_ROWS * SIDE_RANK * 2) {
         side_sync();
         copy_q_rows(unit, strip * BOX_ROWS);
-        await_copies();
+        await_vectors();
         side_sync();
         q_at = q_first;
       }
@@ -275,7 +268,7 @@ __device__ __forceinline__ void side_work(
     // After what is small: that would take as long as these behind the boxes of all blocks.
     for (int i = begun ? SIDE_STAGES : 0; i < SIDE_STAGES; ++i) fetch(unit, i, i);
     begun = true;
-    await_copies();
+    await_vectors();
     side_sync();
     SideUnit next(side, slots[turn], rows, segments, warp);
     if (DROPOUT == 2 && unit.second) add_strips(Yes{}, unit, next, stage, parity);

@@ -11,10 +11,9 @@ inline unsigned char* element_of(const TensorMap& map, int row, int col) {
   return row < map.rows && col < map.cols ? static_cast<unsigned char*>(map.data) + ((i64)row * map.stride + col) * map.bytes : nullptr;
 }
 
-// A kernel has one of each.
 #define DYNAMIC_SHARED(name) unsigned char* name = running->block->shared + Block::STATIC_BYTES
-#define SHARED_ARRAY(type, name, count) type* name = reinterpret_cast<type*>(shared_array(__LINE__, sizeof(type) * (count)))
-#define SHARED_BARRIERS(name, count) u64* name = reinterpret_cast<u64*>(running->block->shared)
+#define SHARED_ARRAY(type, name, count) type* name = reinterpret_cast<type*>(shared_array(__COUNTER__, sizeof(type) * (count)))
+#define SHARED_BARRIERS(name, count) SHARED_ARRAY(u64, name, count)
 
 inline u32 shared_address(const void* p) { return (u32)((const unsigned char*)p - running->block->shared); }
 
@@ -92,6 +91,16 @@ inline void load_bytes(u32 dst, const void* src, u32 bytes, u32 bar) {
     come(block, bar, bytes);
   });
 }
+inline void copy_vector(u32 dst, const void* src, bool live) {
+  running->vectors.push_back([=] {
+    if (live) memcpy(shared_at(dst), src, 16);
+    else memset(shared_at(dst), 0, 16);
+  });
+}
+inline void await_vectors() {
+  for (auto& copy : running->vectors) copy();
+  running->vectors.clear();
+}
 inline void store_box(const TensorMap& map, int col, int row, u32 src) {
   running->stores.back().push_back([=, &map] {
     for (int r = 0; r < map.box_rows; ++r)
@@ -159,7 +168,10 @@ inline void store_matrix(u32 address, const u32* r) {
   for (int m = 0; m < 4; ++m) memcpy(shared_at(warp.given[8 * m + lane / 4][0] + lane % 4 * 4), &r[m], 4);
   __syncwarp();
 }
-inline u32 load_shared_byte(u32 address) { return *shared_at(address); }
+inline u32 load_shared_byte(u32 address) {
+  running->loads.push_back(address / 16 * 16);
+  return *shared_at(address);
+}
 template <int COUNT>
 void give_registers() {}
 template <int COUNT>

@@ -23,7 +23,7 @@ inline Thread* new_thread(Block* block, u32 index, Index block_in_grid) {
 // A grid of blocks of `block_threads` threads, `in_cluster` of which are a cluster.
 inline void launch(void (*run)(), Index grid, u32 block_threads, int in_cluster) {
   if (block_threads > MOST_WARPS * WARP) fail("too many threads in a block");
-  kernel = run;
+  kernel = run, gridDim = grid;
   std::vector<Cluster> clusters(grid.x * grid.y / in_cluster);
   std::vector<Block> blocks(grid.x * grid.y);
   std::vector<Thread*> threads;
@@ -38,9 +38,9 @@ inline void launch(void (*run)(), Index grid, u32 block_threads, int in_cluster)
   }
   u64 seen = 0;
   for (int idle = 0; !threads.empty();) {
-    // One warp in four falls behind.
+    // A warp falls behind now and then, for 16 rounds or so.
     for (Block& block : blocks)
-      for (Warp& warp : block.warps) warp.sleeps = random_bits() == 0;
+      for (Warp& warp : block.warps) warp.sleeps = warp.sleeps ? !one_in(16) : one_in(64);
     for (Thread* thread : threads)
       if (!thread->block->warps[thread->in_block.x / WARP].sleeps) running = thread, switch_stack(&scheduler, thread->stack);
     do_copies();

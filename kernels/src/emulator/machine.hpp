@@ -73,7 +73,7 @@ struct Barrier {
 };
 struct Warp {
   Meeting meeting;
-  bool sleeps = false;  // in this round
+  bool sleeps = false;
   u32 given[WARP][6];  // by its lanes to each other
 };
 struct Cluster {
@@ -87,8 +87,8 @@ struct Block {
   Block* cluster_blocks[2];
   unsigned char* shared;  // first what is not dynamic
   std::map<u32, Barrier> barriers;
-  std::map<int, u32> arrays;  // what is not dynamic, by the line that declares it
-  u32 arrays_end = 1024;      // behind the barriers
+  std::map<int, u32> arrays;  // what is not dynamic, by the number of its declaration
+  u32 arrays_end = 0;
   std::vector<Thread*> threads;
   Meeting meeting;
   Warp warps[MOST_WARPS];
@@ -106,6 +106,7 @@ struct Thread {
   std::vector<u32> loads;  // of 16 bytes of shared memory each, since the last fence
   // Products and stores that have been asked for, in groups; the last is still open.
   std::vector<std::vector<std::function<void()>>> products{1}, stores{1};
+  std::vector<std::function<void()>> vectors;  // copies of its own
 };
 inline Thread* running;
 inline void* scheduler;
@@ -113,20 +114,20 @@ inline u64 steps_taken;  // by any thread: what others may wait for
 
 // Copies that have been asked for. One in four is done at once, and about half of the others whenever all threads wait or end.
 inline std::vector<std::function<void()>> copies;
-inline u32 random_bits() {
+inline bool one_in(u32 n) {
   static u32 state = 1;
   state = state * 1664525 + 1013904223;
-  return state >> 30;
+  return (state >> 16) % n == 0;
 }
 inline void ask_copy(std::function<void()> copy) {
-  if (random_bits() == 0) copy();
+  if (one_in(4)) copy();
   else copies.push_back(std::move(copy));
 }
 inline void do_copies() {
   auto asked = std::move(copies);
   copies.clear();
   for (auto& copy : asked) {
-    if (random_bits() >> 1) copy();
+    if (one_in(2)) copy();
     else copies.push_back(std::move(copy));
   }
 }
@@ -140,6 +141,7 @@ inline void do_groups(std::vector<std::vector<std::function<void()>>>& groups, s
 
 #define threadIdx (running->in_block)
 #define blockIdx (running->block_in_grid)
+inline Index gridDim;
 
 extern "C" void switch_stack(void** from, void* to);
 asm(R"(.text
@@ -181,9 +183,9 @@ inline void __syncwarp() { meet(this_warp().meeting, WARP); }
 inline void sync_warpgroup() { meet(running->block->warpgroups[threadIdx.x / WARPGROUP], WARPGROUP); }
 
 inline unsigned char* shared_at(u32 address) { return running->block->shared + address; }
-inline unsigned char* shared_array(int line, u32 bytes) {
+inline unsigned char* shared_array(int declaration, u32 bytes) {
   Block& block = *running->block;
-  auto [found, is_new] = block.arrays.emplace(line, block.arrays_end);
+  auto [found, is_new] = block.arrays.emplace(declaration, block.arrays_end);
   if (is_new) block.arrays_end += (bytes + 15) / 16 * 16;
   if (block.arrays_end > Block::STATIC_BYTES) fail("too many arrays in shared memory");
   return block.shared + found->second;
@@ -215,10 +217,27 @@ inline u32 count_up(u32* flag) {
   ++steps_taken;
   return (*flag)++;
 }
+inline u32 atomicAdd(u32* to, u32 v) {
+  u32 old = *to;
+  *to += v;
+  return old;
+}
+inline void __threadfence() {}
+inline float __shfl_xor_sync(u32, float v, int mask) {
+  Warp& warp = this_warp();
+  int lane = this_lane();
+  warp.given[lane][0] = __float_as_uint(v);
+  __syncwarp();
+  v = __uint_as_float(warp.given[lane ^ mask][0]);
+  __syncwarp();
+  return v;
+}
 inline void await_count(const u32* flag, u32 count) {
   while (*(const volatile u32*)flag < count) yield();
 }
-inline u32 signs_of_halves(u32 v) { return (v & 0x80 ? 0xff : 0) | (v & 0x800000 ? 0xff0000 : 0) | (v & 0x80 ? 0xff00 : 0) | (v & 0x800000 ? 0xff000000 : 0); }
+inline u32 signs_of_halves(u32 v) { return (v & 0x80 ? 0xffff : 0) | (v & 0x800000 ? 0xffff0000 : 0); }
+inline u32 high_signs_of_halves(u32 v) { return signs_of_halves(v >> 8); }
+inline void late(int&) {}
 inline u32 load_here(const u32* p) { return *p; }
 inline float zero_here() { return 0.f; }
 template <int COUNT>

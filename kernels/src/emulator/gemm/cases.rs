@@ -3,13 +3,13 @@
 use half::bf16;
 
 use super::super::{SCALE, dropout, is_close};
-use super::{Case, Emulator, Inputs, Options};
+use super::{Case, Emulator, Found, Inputs, Options};
 use crate::gemm::Product;
 use crate::hopper::DEPTH;
 
 impl Emulator {
     /// Compares with f64.
-    fn check(&self, case: Case) {
+    pub(super) fn check(&self, case: Case) {
         let Case {
             rows, depth, cols, ..
         } = case;
@@ -17,13 +17,16 @@ impl Emulator {
             product,
             ranks,
             masked,
+            given,
             ..
         } = self.options;
         let forward = product == Product::Forward;
         let (dropout, mask) = dropout(masked);
         let factor = |row: usize, col, width| f64::from(dropout.factor(row as u64, col, width));
-        let inputs = Inputs::new(case, product, ranks);
-        let (s, out) = self.run(case, mask, &inputs);
+        let inputs = Inputs::new(case, self.options);
+        let found = self.run(case, mask, &inputs);
+        self.check_gradients(case, &inputs, &found);
+        let Found { s, out, .. } = found;
         let close = |what: &str, row: usize, col: usize, found: bf16, expected: f64| {
             assert!(
                 is_close(found, expected),
@@ -37,7 +40,7 @@ impl Emulator {
                 .map(|k| x[k].to_f64() * if forward { factor(row, k, depth) } else { 1.0 })
                 .collect();
             let s = &s[row * ranks..][..ranks];
-            for (rank, &found) in s.iter().enumerate() {
+            for (rank, &found) in s.iter().enumerate().filter(|_| !given) {
                 let a = &inputs.a[rank * inputs.a_cols..][..depth];
                 let sum: f64 = kept.iter().zip(a).map(|(x, a)| x * a.to_f64()).sum();
                 close("q", row, rank, found, SCALE * sum);
@@ -81,6 +84,7 @@ fn check(options: Options, cases: &[(usize, usize, usize, usize)]) {
             depth,
             cols,
             clusters,
+            beside: 0,
         });
     }
 }
@@ -104,8 +108,10 @@ const FORWARD: Options = Options {
     ranks: 16,
     masked: false,
     tail: false,
+    given: false,
+    side: false,
 };
-const BACKWARD: Options = Options {
+pub(super) const BACKWARD: Options = Options {
     product: Product::Backward,
     ..FORWARD
 };
