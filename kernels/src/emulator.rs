@@ -1,5 +1,5 @@
-//! Hopper's kernels on a CPU: `gemm.cu`, `decode.cu` and `shrink_ring.cu` as they are, between headers that do what the card's
-//! instructions do.
+//! Hopper's kernels on a CPU: `gemm.cu`, `sweep.cu`, `decode.cu` and `shrink_ring.cu` as they are, between headers that do what the
+//! card's instructions do.
 //!
 //! No card is needed to see that their threads do not wait for each other forever, that they wait for what the card does for
 //! them, that no copy goes to where a load may be on its way, and that the results are right. Such a run sees nothing of time, nor
@@ -20,6 +20,7 @@ use crate::dropout::{Dropout, Mask, Place};
 mod decode;
 mod gemm;
 mod shrink_ring;
+mod sweep;
 
 /// Of S.
 const SCALE: f64 = 0.375;

@@ -8,20 +8,6 @@ constexpr int MEETS = AT_ONCE ? 2 : 1;    // strips whose sums may be on their w
 constexpr int SENDERS = AT_ONCE ? 2 : 1;  // of a block: its warpgroups, or both together
 constexpr int MEET_BYTES = DOWN ? SENDERS * (STRIP + MOST_GROUP) * RT * 4 : 0, SUMS_BYTES = DOWN && !AT_ONCE ? STRIP * RT * 4 : 0;
 
-__device__ __forceinline__ u32 in_block(u32 address, u32 block) {
-  u32 remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
-  return remote;
-}
-// To another block's memory; counts for a barrier there.
-__device__ __forceinline__ void send(u32 to, float x, float y, u32 bar) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(x), "f"(y), "r"(bar) : "memory");
-}
-// The same of `bytes` of this block's memory.
-__device__ __forceinline__ void send(u32 to, u32 from, u32 bytes, u32 bar) {
-  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "r"(from), "r"(bytes), "r"(bar) : "memory");
-}
-
 // Of the threads of two warpgroups.
 struct ClusterSum {
   unsigned char* come;  // sums of this block's rows, [MEETS][sender][row][RT]

@@ -117,6 +117,20 @@ __device__ __forceinline__ u32 block_in_cluster() {
 // At the start, where the others are to see nothing but barriers that `fence.mbarrier_init` has shown them: without a
 // memory barrier of the whole card.
 __device__ __forceinline__ void cluster_arrive_early() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+// An address of this block's as one of another's, for what can take such.
+__device__ __forceinline__ u32 in_block(u32 address, u32 block) {
+  u32 remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
+  return remote;
+}
+// To another block's memory; counts for a barrier there.
+__device__ __forceinline__ void send(u32 to, float x, float y, u32 bar) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(x), "f"(y), "r"(bar) : "memory");
+}
+// The same of `bytes` of this block's memory.
+__device__ __forceinline__ void send(u32 to, u32 from, u32 bytes, u32 bar) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "r"(from), "r"(bytes), "r"(bar) : "memory");
+}
 
 // ---- matrices in shared memory -----------------------------------------------------------------
 __device__ __forceinline__ void ldmatrix(u32 (&r)[4], u32 address) {
@@ -144,6 +158,14 @@ __device__ __forceinline__ void store_to_block(float4* there, u32 block, float4 
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
       "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(shared_address(there)), "r"(block), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
+}
+__device__ __forceinline__ Vec load_vector(u32 address) {
+  Vec v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ void store_vector(u32 address, const Vec& v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
 __device__ __forceinline__ u32 load_shared_byte(u32 address) {
   u32 v;

@@ -46,19 +46,6 @@ struct Next {
   int cols, first_col;
 };
 
-__device__ __forceinline__ Vec load_chunk(u32 box, int row, int chunk) {
-  Vec v;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "r"(swizzled(box, row, chunk)));
-  return v;
-}
-__device__ __forceinline__ void store_chunk(u32 box, int row, int chunk, const Vec& v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(swizzled(box, row, chunk)), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
-}
-// q of 16 rows and all ranks, which lies across the depth in rows of RT.
-__device__ __forceinline__ u64 q_descriptor(u32 address) {
-  constexpr u64 SWIZZLE = RT == 16 ? 3 : RT == 32 ? 2 : 1;
-  return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(8 * RT * 2 >> 4) << 32 | SWIZZLE << 62;
-}
 constexpr u32 Q_STEP = 16 * RT * 2 >> 4, ROWS_STEP = 16 * 128 >> 4;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
@@ -203,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
     float down[RT / 8][4];
     for (int strip = 0; strip < strips; ++strip) {
       barrier_wait(q_full + 8 * q_stage, q_parity);
-      u64 q = q_descriptor(q_ring + q_stage * Q_BYTES);
+      u64 q = narrow_descriptor<RT>(q_ring + q_stage * Q_BYTES);
 #pragma unroll
       for (int i = 0; i < TILES; ++i) {
         int at = math * STAGES + stage;
@@ -218,9 +205,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sweep(
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             int row = k * 16 + thread / 8, col = first + chunk * 8;
-            Vec v = load_chunk(box, row, chunk);
+            Vec v = load_vector(swizzled(box, row, chunk));
             drop(Kept::of(col, [&](int t) { return __shfl_sync(0xffffffffu, drawn[k / 2], from + k % 2 * 4 + t); }), v);
-            store_chunk(box, row, chunk, v);
+            store_vector(swizzled(box, row, chunk), v);
           }
           fence_shared();
           warpgroup_sync();

@@ -6,6 +6,12 @@
 __device__ __forceinline__ u64 descriptor(u32 address, u32 leading_bytes) {
   return (u64)((address & 0x3ffff) >> 4) | (u64)(leading_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
+// Of an operand across the depth, of as many columns as a row has: 16, 32 or 64.
+template <int COLS>
+__device__ __forceinline__ u64 narrow_descriptor(u32 address) {
+  constexpr u64 SWIZZLE = COLS == 16 ? 3 : COLS == 32 ? 2 : 1;
+  return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(8 * COLS * 2 >> 4) << 32 | SWIZZLE << 62;
+}
 constexpr u32 DEPTH_STEP = 32 >> 4;  // 16 of depth along it, in descriptor units
 
 // d[8 columns][4] (+)= left · rightᵀ, 64 x N, of operands that lie along the depth, or both ACROSS it.

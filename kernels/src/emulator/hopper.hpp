@@ -1,11 +1,14 @@
-// In the place of hopper.cuh. Addresses in shared memory are those in a block's own.
+// In the place of hopper.cuh. Addresses in shared memory are those in a block's own, below OTHER_BLOCK; those of other blocks
+// have its number in the cluster, from one on, times that.
+constexpr u32 OTHER_BLOCK = 1 << 24;
 struct TensorMap {
   void* data;
-  int rows, cols, stride, box_rows;  // in elements; a box has rows of 128 bytes
+  int rows, cols, stride, box_rows;  // in elements
   int bytes = sizeof(T);             // of an element
+  int row_bytes = 128;               // of a box
 };
-// Where a box has byte `at` of a row, swizzled.
-inline u32 in_box(int row, int at) { return row * 128 + ((at / 16 ^ (row & 7)) << 4) + at % 16; }
+// What is at `address` in rows of 32, 64 or 128 bytes: their 16 bytes are swizzled.
+inline u32 swizzled_place(u32 address, u32 row_bytes) { return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4; }
 // An element's place in memory, null where there is none.
 inline unsigned char* element_of(const TensorMap& map, int row, int col) {
   return row < map.rows && col < map.cols ? static_cast<unsigned char*>(map.data) + ((i64)row * map.stride + col) * map.bytes : nullptr;
@@ -43,7 +46,7 @@ inline void barrier_expect(u32 bar, u32 bytes) {
   complete(barrier);
 }
 inline void barrier_arrive_at(u32 bar, u32 block) {
-  Barrier& barrier = barrier_of(running->block->cluster_blocks[block], bar);
+  Barrier& barrier = barrier_of(running->block->cluster->blocks[block], bar);
   --barrier.pending;
   complete(barrier);
 }
@@ -63,23 +66,23 @@ inline void check_loads(Block* block, u32 dst, u32 bytes) {
 }
 inline void copy_box(Block* block, u32 dst, const TensorMap& map, int col, int row, u32 bar) {
   for (int r = 0; r < map.box_rows; ++r)
-    for (int c = 0; c < 128 / map.bytes; ++c) {
-      unsigned char *to = block->shared + dst + in_box(r, c * map.bytes), *from = element_of(map, row + r, col + c);
+    for (int c = 0; c < map.row_bytes / map.bytes; ++c) {
+      unsigned char *to = block->shared + swizzled_place(dst + r * map.row_bytes + c * map.bytes, map.row_bytes), *from = element_of(map, row + r, col + c);
       if (from) memcpy(to, from, map.bytes);
       else memset(to, 0, map.bytes);
     }
-  come(block, bar, map.box_rows * 128);
+  come(block, bar, map.box_rows * map.row_bytes);
 }
 inline void ask_box(Block* block, u32 dst, const TensorMap& map, int col, int row, u32 bar) {
   if (dst % 1024) fail("a box begins at an odd place");
-  check_loads(block, dst, map.box_rows * 128);
+  check_loads(block, dst, map.box_rows * map.row_bytes);
   ask_copy([=, &map] { copy_box(block, dst, map, col, row, bar); });
 }
 inline void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) { ask_box(running->block, dst, map, col, row, bar); }
 inline void load_box_once(u32 dst, const TensorMap& map, int col, int row, u32 bar) { load_box(dst, map, col, row, bar); }
 template <int SIZE>
 void load_box_for_cluster(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
-  for (int i = 0; i < SIZE; ++i) ask_box(running->block->cluster_blocks[i], dst, map, col, row, bar);
+  for (int i = 0; i < SIZE; ++i) ask_box(running->block->cluster->blocks[i], dst, map, col, row, bar);
 }
 inline void prefetch_map(const TensorMap&) {}
 inline void prefetch_box(const TensorMap&, int, int) {}
@@ -105,7 +108,7 @@ inline void store_box(const TensorMap& map, int col, int row, u32 src) {
   running->stores.back().push_back([=, &map] {
     for (int r = 0; r < map.box_rows; ++r)
       for (int c = 0; c < 128 / map.bytes; ++c)
-        if (unsigned char* to = element_of(map, row + r, col + c)) memcpy(to, shared_at(src + in_box(r, c * map.bytes)), map.bytes);
+        if (unsigned char* to = element_of(map, row + r, col + c)) memcpy(to, shared_at(swizzled_place(src + r * 128 + c * map.bytes, 128)), map.bytes);
   });
 }
 inline void commit_stores() { running->stores.emplace_back(); }
@@ -117,9 +120,10 @@ inline void fence_shared() {}
 inline void fence_loads() { running->loads.clear(); }
 
 inline void cluster_arrive() {
-  Meeting& meeting = running->block->cluster->meeting;
-  running->cluster_time = meeting.times;
-  if (++meeting.come == 2 * (int)running->block->threads.size()) meeting.come = 0, ++meeting.times, ++steps_taken;
+  Cluster& cluster = *running->block->cluster;
+  running->cluster_time = cluster.meeting.times;
+  ++cluster.meeting.come;
+  meet_cluster(cluster);
 }
 inline void cluster_arrive_early() { cluster_arrive(); }
 inline void cluster_wait() {
@@ -128,13 +132,34 @@ inline void cluster_wait() {
 inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
 inline u32 block_in_cluster() { return running->block->rank; }
 
+inline u32 in_block(u32 address, u32 block) { return address + (block + 1) * OTHER_BLOCK; }
+// `bytes` bytes of `from()` as they are when they come.
+template <class From>
+void send_bytes(u32 to, u32 bytes, u32 bar, From from) {
+  Block* there = running->block->cluster->blocks[to / OTHER_BLOCK - 1];
+  u32 dst = to % OTHER_BLOCK, bar_there = bar % OTHER_BLOCK;
+  if (bar / OTHER_BLOCK != to / OTHER_BLOCK) fail("bytes for one block and a barrier of another");
+  check_loads(there, dst, bytes);
+  ask_copy([=] {
+    memcpy(there->shared + dst, from(), bytes);
+    come(there, bar_there, bytes);
+  });
+}
+inline void send(u32 to, float x, float y, u32 bar) {
+  float2 two = {x, y};
+  send_bytes(to, 8, bar, [=] { return &two; });
+}
+inline void send(u32 to, u32 from, u32 bytes, u32 bar) {
+  send_bytes(to, bytes, bar, [=, block = running->block] { return block->shared + from; });
+}
+
 inline float2 load_floats(u32 address) {
   running->loads.push_back(address / 16 * 16);
   float2 v;
   memcpy(&v, shared_at(address), sizeof v);
   return v;
 }
-inline void store_to_block(float4* there, u32 block, float4 v) { memcpy(running->block->cluster_blocks[block]->shared + shared_address(there), &v, sizeof v); }
+inline void store_to_block(float4* there, u32 block, float4 v) { memcpy(running->block->cluster->blocks[block]->shared + shared_address(there), &v, sizeof v); }
 
 // Lanes 8m to 8m + 7 have the addresses of the rows of matrix m; a lane has two elements of each.
 inline void ldmatrix(u32 (&r)[4], u32 address) {
@@ -168,6 +193,12 @@ inline void store_matrix(u32 address, const u32* r) {
   for (int m = 0; m < 4; ++m) memcpy(shared_at(warp.given[8 * m + lane / 4][0] + lane % 4 * 4), &r[m], 4);
   __syncwarp();
 }
+inline Vec load_vector(u32 address) {
+  Vec v;
+  memcpy(&v, shared_at(address), sizeof v);
+  return v;
+}
+inline void store_vector(u32 address, const Vec& v) { memcpy(shared_at(address), &v, sizeof v); }
 inline u32 load_shared_byte(u32 address) {
   running->loads.push_back(address / 16 * 16);
   return *shared_at(address);

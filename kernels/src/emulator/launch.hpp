@@ -6,6 +6,9 @@ inline void run_thread() {
   kernel();
   if (running->products.size() > 1 || running->stores.size() > 1) fail("a thread ends before its products or stores");
   running->ended = true;
+  Cluster& cluster = *running->block->cluster;
+  cluster.meeting.come -= running->cluster_time == cluster.meeting.times;
+  if (--cluster.threads) meet_cluster(cluster);
   ++steps_taken;
   yield();
 }
@@ -30,7 +33,7 @@ inline void launch(void (*run)(), Index grid, u32 block_threads, int in_cluster)
   for (u32 i = 0; i < blocks.size(); ++i) {
     Block& block = blocks[i];
     block.index = i, block.rank = i % in_cluster, block.cluster = &clusters[i / in_cluster];
-    for (int j = 0; j < in_cluster; ++j) block.cluster_blocks[j] = &blocks[i / in_cluster * in_cluster + j];
+    block.cluster->blocks.push_back(&block), block.cluster->threads += block_threads;
     block.shared = static_cast<unsigned char*>(aligned_alloc(1024, Block::SHARED));
     memset(block.shared, 0xff, Block::SHARED);
     for (u32 t = 0; t < block_threads; ++t) block.threads.push_back(new_thread(&block, t, {i % grid.x, i / grid.x}));

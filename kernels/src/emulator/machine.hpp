@@ -76,15 +76,17 @@ struct Warp {
   bool sleeps = false;
   u32 given[WARP][6];  // by its lanes to each other
 };
+struct Block;
 struct Cluster {
   Meeting meeting;
+  std::vector<Block*> blocks;
+  int threads = 0;  // that have not ended
 };
 struct Thread;
 struct Block {
   static constexpr int STATIC_BYTES = 64 << 10, SHARED = 1 << 19;
   int index, rank;  // of the grid, of the cluster
   Cluster* cluster;
-  Block* cluster_blocks[2];
   unsigned char* shared;  // first what is not dynamic
   std::map<u32, Barrier> barriers;
   std::map<int, u32> arrays;  // what is not dynamic, by the number of its declaration
@@ -101,7 +103,7 @@ struct Thread {
   void* stack;
   Block* block;
   Index in_block, block_in_grid;
-  u64 cluster_time = 0;
+  u64 cluster_time = ~0ull;  // when it last arrived at the cluster's meeting
   bool ended = false;
   std::vector<u32> loads;  // of 16 bytes of shared memory each, since the last fence
   // Products and stores that have been asked for, in groups; the last is still open.
@@ -176,6 +178,10 @@ inline void meet(Meeting& meeting, int count) {
     while (meeting.times == time) yield();
   }
 }
+// Goes on with all threads of a cluster that have not ended, when they have come.
+inline void meet_cluster(Cluster& cluster) {
+  if (cluster.meeting.come == cluster.threads) cluster.meeting.come = 0, ++cluster.meeting.times, ++steps_taken;
+}
 inline Warp& this_warp() { return running->block->warps[threadIdx.x / WARP]; }
 inline int this_lane() { return threadIdx.x % WARP; }
 inline void __syncthreads() { meet(running->block->meeting, running->block->threads.size()); }
@@ -223,15 +229,15 @@ inline u32 atomicAdd(u32* to, u32 v) {
   return old;
 }
 inline void __threadfence() {}
-inline float __shfl_xor_sync(u32, float v, int mask) {
+inline u32 __shfl_sync(u32, u32 v, int from) {
   Warp& warp = this_warp();
-  int lane = this_lane();
-  warp.given[lane][0] = __float_as_uint(v);
+  warp.given[this_lane()][0] = v;
   __syncwarp();
-  v = __uint_as_float(warp.given[lane ^ mask][0]);
+  v = warp.given[from][0];
   __syncwarp();
   return v;
 }
+inline float __shfl_xor_sync(u32, float v, int mask) { return __uint_as_float(__shfl_sync(~0u, __float_as_uint(v), this_lane() ^ mask)); }
 inline void await_count(const u32* flag, u32 count) {
   while (*(const volatile u32*)flag < count) yield();
 }
