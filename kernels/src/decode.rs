@@ -31,7 +31,7 @@ pub(crate) fn token_tiles(tokens: usize) -> usize {
     tokens.div_ceil(8).next_power_of_two()
 }
 
-/// Whether a thread has the registers for S of so many tiles and padded ranks.
+/// Whether the kernel takes so many tiles and padded ranks: a thread has registers for no larger S.
 pub(crate) fn fits(tiles: usize, ranks: usize) -> bool {
     8 * tiles <= MOST_TOKENS && ranks <= MOST_RANKS && 8 * tiles * ranks <= LARGEST_S
 }

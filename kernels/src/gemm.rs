@@ -152,8 +152,8 @@ impl Blas {
             .capture_status()
             .is_ok_and(|s| s != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE);
         if candidates.len() > 1 && multiplications >= WORTH_TIMING && !capturing {
-            // Timed into a spare output; without room for one the first candidate stands. In place where it adds, as
-            // it is going to run, to zeros: the library has other kernels for that.
+            // Timed into a spare output; without room for one the first candidate stands. Where it adds, in place, on
+            // zeros, as it is going to run: the library has other kernels for that.
             if let Ok(mut spare) = stream.alloc_zeros::<u8>(count * key.dtype.bytes()) {
                 let (d, _guard) = spare.device_ptr_mut(stream);
                 let operands = Operands {

@@ -73,7 +73,7 @@ __device__ __forceinline__ void add_shares(const Down& down, float scale, const 
     }
     fence_copies();
     __syncwarp();
-    if (lane == 0) count_up(flags.ready(row0));
+    if (lane == 0) count_up(flags.ready(row0));  // says that `room` has been read too: the block stores there after all of `ready`
   }
 }
 #endif

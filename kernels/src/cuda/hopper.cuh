@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_bytes(u32 dst, const void* src, u32 bytes, 
                "r"(bar)
                : "memory");
 }
-// 16 bytes by this thread, of `src` or zeros; on their way until `await_vectors`, which other threads know from a barrier.
+// 16 bytes by this thread, of `src` or zeros; on their way until `await_vectors`, for other threads until a barrier after it.
 __device__ __forceinline__ void copy_vector(u32 dst, const void* src, bool live) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(live ? 16 : 0) : "memory");
 }

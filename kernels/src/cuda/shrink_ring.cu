@@ -1,4 +1,4 @@
-// Hopper: s[m, j] = scale_j * sum_k D(x)[m, k] * a[j, k], one pass over x by the whole card. A block takes one unit of rows,
+// Hopper: s[m, j] = scale_j * sum_k D(x)[m, k] * a[j, k], one pass over x by the whole card. A block takes ROWS rows,
 // through the copy engine.
 //
 // The warps of a block split the depth: a team of TEAM warps, of 16 * MT rows each, takes every SPLITS-th 64 columns and has a

@@ -46,7 +46,7 @@ inline void barrier_expect(u32 bar, u32 bytes) {
   complete(barrier);
 }
 inline void barrier_arrive_at(u32 bar, u32 block) {
-  Barrier& barrier = barrier_of(running->block->cluster->blocks[block], bar);
+  Barrier& barrier = barrier_of(block_of_cluster(block), bar);
   --barrier.pending;
   complete(barrier);
 }
@@ -82,7 +82,7 @@ inline void load_box(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
 inline void load_box_once(u32 dst, const TensorMap& map, int col, int row, u32 bar) { load_box(dst, map, col, row, bar); }
 template <int SIZE>
 void load_box_for_cluster(u32 dst, const TensorMap& map, int col, int row, u32 bar) {
-  for (int i = 0; i < SIZE; ++i) ask_box(running->block->cluster->blocks[i], dst, map, col, row, bar);
+  for (int i = 0; i < SIZE; ++i) ask_box(block_of_cluster(i), dst, map, col, row, bar);
 }
 inline void prefetch_map(const TensorMap&) {}
 inline void prefetch_box(const TensorMap&, int, int) {}
@@ -136,12 +136,12 @@ inline u32 in_block(u32 address, u32 block) { return address + (block + 1) * OTH
 // `bytes` bytes of `from()` as they are when they come.
 template <class From>
 void send_bytes(u32 to, u32 bytes, u32 bar, From from) {
-  Block* there = running->block->cluster->blocks[to / OTHER_BLOCK - 1];
+  Block* there = block_of_cluster(to / OTHER_BLOCK - 1);
   u32 dst = to % OTHER_BLOCK, bar_there = bar % OTHER_BLOCK;
   if (bar / OTHER_BLOCK != to / OTHER_BLOCK) fail("bytes for one block and a barrier of another");
   check_loads(there, dst, bytes);
   ask_copy([=] {
-    memcpy(there->shared + dst, from(), bytes);
+    memcpy(live(there)->shared + dst, from(), bytes);
     come(there, bar_there, bytes);
   });
 }
@@ -150,7 +150,7 @@ inline void send(u32 to, float x, float y, u32 bar) {
   send_bytes(to, 8, bar, [=] { return &two; });
 }
 inline void send(u32 to, u32 from, u32 bytes, u32 bar) {
-  send_bytes(to, bytes, bar, [=, block = running->block] { return block->shared + from; });
+  send_bytes(to, bytes, bar, [=, block = running->block] { return live(block)->shared + from; });
 }
 
 inline float2 load_floats(u32 address) {
@@ -159,7 +159,7 @@ inline float2 load_floats(u32 address) {
   memcpy(&v, shared_at(address), sizeof v);
   return v;
 }
-inline void store_to_block(float4* there, u32 block, float4 v) { memcpy(running->block->cluster->blocks[block]->shared + shared_address(there), &v, sizeof v); }
+inline void store_to_block(float4* there, u32 block, float4 v) { memcpy(block_of_cluster(block)->shared + shared_address(there), &v, sizeof v); }
 
 // Lanes 8m to 8m + 7 have the addresses of the rows of matrix m; a lane has two elements of each.
 inline void ldmatrix(u32 (&r)[4], u32 address) {

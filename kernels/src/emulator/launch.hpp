@@ -6,6 +6,7 @@ inline void run_thread() {
   kernel();
   if (running->products.size() > 1 || running->stores.size() > 1) fail("a thread ends before its products or stores");
   running->ended = true;
+  --running->block->left;
   Cluster& cluster = *running->block->cluster;
   cluster.meeting.come -= running->cluster_time == cluster.meeting.times;
   if (--cluster.threads) meet_cluster(cluster);
@@ -36,20 +37,23 @@ inline void launch(void (*run)(), Index grid, u32 block_threads, int in_cluster)
     block.cluster->blocks.push_back(&block), block.cluster->threads += block_threads;
     block.shared = static_cast<unsigned char*>(aligned_alloc(1024, Block::SHARED));
     memset(block.shared, 0xff, Block::SHARED);
+    block.left = block_threads;
     for (u32 t = 0; t < block_threads; ++t) block.threads.push_back(new_thread(&block, t, {i % grid.x, i / grid.x}));
     threads.insert(threads.end(), block.threads.begin(), block.threads.end());
   }
   u64 seen = 0;
   for (int idle = 0; !threads.empty();) {
-    // A warp falls behind now and then, for 16 rounds or so.
-    for (Block& block : blocks)
+    // Blocks begin one after the other, and a warp falls behind now and then, for 16 rounds or so.
+    for (Block& block : blocks) {
+      block.begun |= one_in(16);
       for (Warp& warp : block.warps) warp.sleeps = warp.sleeps ? !one_in(16) : one_in(64);
+    }
     for (Thread* thread : threads)
-      if (!thread->block->warps[thread->in_block.x / WARP].sleeps) running = thread, switch_stack(&scheduler, thread->stack);
+      if (thread->block->begun && !thread->block->warps[thread->in_block.x / WARP].sleeps) running = thread, switch_stack(&scheduler, thread->stack);
     do_copies();
     threads.erase(std::remove_if(threads.begin(), threads.end(), [](Thread* t) { return t->ended; }), threads.end());
     idle = steps_taken == seen && copies.empty() ? idle + 1 : 0, seen = steps_taken;
-    if (idle > 100) fail("all threads wait");
+    if (idle > 1000) fail("all threads wait");  // and no warp sleeps that long
     // Another block is the first.
     std::rotate(threads.begin(), threads.begin() + (threads.empty() ? 0 : steps_taken * block_threads % threads.size()), threads.end());
   }

@@ -92,6 +92,8 @@ struct Block {
   std::map<int, u32> arrays;  // what is not dynamic, by the number of its declaration
   u32 arrays_end = 0;
   std::vector<Thread*> threads;
+  bool begun = false;
+  int left = 0;  // threads that have not ended
   Meeting meeting;
   Warp warps[MOST_WARPS];
   Meeting warpgroups[MOST_WARPS * WARP / WARPGROUP], named[16];
@@ -178,6 +180,13 @@ inline void meet(Meeting& meeting, int count) {
     while (meeting.times == time) yield();
   }
 }
+// A block whose memory another one uses.
+inline Block* live(Block* block) {
+  if (!block->begun) fail("a block uses the memory of one that has not begun");
+  if (!block->left) fail("a block uses the memory of one that has ended");
+  return block;
+}
+inline Block* block_of_cluster(u32 rank) { return live(running->block->cluster->blocks[rank]); }
 // Goes on with all threads of a cluster that have not ended, when they have come.
 inline void meet_cluster(Cluster& cluster) {
   if (cluster.meeting.come == cluster.threads) cluster.meeting.come = 0, ++cluster.meeting.times, ++steps_taken;

@@ -172,13 +172,17 @@ fn both_products_are_made() {
         };
         check(options, CASE);
     }
-    // Rows that no block count divides.
+    // Rows of a strip that no block count divides, and a block of one strip.
     let options = Options {
         pairs: 1,
         down: true,
         ..OUTER
     };
-    let case = Case { group: 6, ..CASE };
+    let case = Case {
+        rows: 400,
+        group: 6,
+        ..CASE
+    };
     check(options, case);
 }
 

@@ -35,11 +35,16 @@ void multiply_shared(float* d, int columns, u64 left, u64 right, int accumulate)
     for (int k = 0; k < 16; ++k) a[h][k] = operand<LEFT_ACROSS>(left, row + 8 * h, k);
   multiply<ACROSS>(d, columns, a, right, accumulate);
 }
-// To be done with its group; of registers as they are then.
+// To be done with its group at the latest; of registers as they are then.
 inline void ask_product(std::function<void()> product) { running->products.back().push_back(std::move(product)); }
+// The same of operands in shared memory, which may be done at once if nothing is to be done before.
+inline void ask_product_of_shared(std::function<void()> product) {
+  if (running->products.size() == 1 && running->products.back().empty() && one_in(4)) product();
+  else ask_product(std::move(product));
+}
 template <bool ACROSS = false, int TILES>
 void wgmma_narrow(float (&d)[TILES][4], u64 left, u64 right, int accumulate) {
-  ask_product([=, to = &d[0][0]] { multiply_shared<ACROSS, ACROSS>(to, 8 * TILES, left, right, accumulate); });
+  ask_product_of_shared([=, to = &d[0][0]] { multiply_shared<ACROSS, ACROSS>(to, 8 * TILES, left, right, accumulate); });
 }
 // Of a left operand in registers, which `left` points to.
 template <bool ACROSS, int TILES, class Left>
@@ -69,11 +74,11 @@ void wgmma_narrow(float (&d)[TILES][4], u32 (&&left)[4], u64 right, int accumula
 }
 template <bool ACROSS>
 void wgmma(float (&d)[128], u64 left, u64 right, int accumulate) {
-  ask_product([=, to = &d[0]] { multiply_shared<false, ACROSS>(to, 256, left, right, accumulate); });
+  ask_product_of_shared([=, to = &d[0]] { multiply_shared<false, ACROSS>(to, 256, left, right, accumulate); });
 }
-// The threads of a warpgroup multiply together.
-inline void wgmma_fence() { sync_warpgroup(); }
+inline void wgmma_fence() {}
 inline void wgmma_commit() { running->products.emplace_back(); }
+// The threads of a warpgroup multiply together.
 template <int PENDING>
 void wgmma_wait() {
   sync_warpgroup();
