@@ -179,6 +179,24 @@ fn bytes<'a>(values: impl IntoIterator<Item = &'a bf16>) -> Vec<u8> {
         .collect()
 }
 
+/// qᵀ · z of `z` in rows of `cols` and q in rows of `ranks`: `[ranks, cols]`.
+fn across(q: &[bf16], ranks: usize, z: &[f64], cols: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; ranks * cols];
+    for (q, z) in q.chunks(ranks).zip(z.chunks(cols)) {
+        for (sums, q) in sums.chunks_mut(cols).zip(q) {
+            for (sum, z) in sums.iter_mut().zip(z) {
+                *sum += q.to_f64() * z;
+            }
+        }
+    }
+    sums
+}
+
+/// Whether `found` is the sum `expected`, but for the roundings of f32.
+fn is_close_sum(found: f64, expected: f64) -> bool {
+    (found - expected).abs() <= 1e-4 * (1.0 + expected.abs())
+}
+
 /// Whether `found` is `expected`, but for the rounding of a bf16.
 fn is_close(found: bf16, expected: f64) -> bool {
     (found.to_f64() - expected).abs() <= 0.006 * (1.0 + expected.abs())

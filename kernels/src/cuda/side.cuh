@@ -106,6 +106,7 @@ __device__ __forceinline__ void copy_rows(u32 dst, const T* src, int stride, int
     copy_vector(dst + q_place(row, thread % VECS), from, row0 + row < rows);
   }
 }
+
 constexpr int PIECE_BYTES = 8 * BOX_COLS * 4;  // 8 ranks of a warp's columns
 
 // Puts the sums of all rows, which are laid out as for `store_across`, where they belong, through the warp's piece of

@@ -14,6 +14,7 @@
 #include "../cuda/bits.cuh"
 
 #include "wgmma.hpp"
+#include "bits.hpp"
 #include "launch.hpp"
 
 #include "../cuda/gemm.cuh"
@@ -72,7 +73,7 @@ int main(int count, char** arguments) {
   int clusters = number();
   down.shares = number(), down.window = number(), down.early = number(), down.delay = number(), down.at_once = number(), down.stride = number(), down.scale = number();
   tail.first = number(), tail.split = number();
-  dropout.step = number(), dropout.seed = number(), dropout.site = number(), dropout.threshold = number(), dropout.scale = number();
+  dropout = number.dropout();
 
   int down_cols = (depth + 7) / 8 * 8, p_cols = BACKWARD ? (cols + 7) / 8 * 8 : Q_COLS, p_rows = BACKWARD ? Q_COLS : cols;
   auto x = read<T>((size_t)rows * depth), w = read<T>((size_t)cols * depth), p = read<T>((size_t)p_rows * p_cols), a = read<T>(DOWN ? (size_t)Q_COLS * down_cols : 0);
@@ -89,9 +90,7 @@ int main(int count, char** arguments) {
   p_map = {p.data(), p_rows, BACKWARD ? cols : Q_COLS, p_cols, box_rows}, out_map = {out.data(), rows, cols, cols, 16}, down_map = {a.data(), Q_COLS, depth, down_cols, Q_COLS};
 
 #if DROPOUT == 2
-  kept.resize((size_t)(rows + 31) / 32 * ((cols + 127) / 128) * 32 * 4);
-  for (int unit = 0; unit < (rows + 31) / 32 * ((cols + 127) / 128); ++unit)
-    for (int lane = 0; lane < WARP; ++lane) store_bits(dropout, kept.data(), unit, rows, cols, lane);
+  kept = bits_of_matrix(dropout, rows, cols);
 #endif
 #if SIDE
   side.halved = number(), side.whole = number(), side.segment_rows = number(), side.all = number();

@@ -85,6 +85,7 @@ impl Emulator {
         Some(Self { program, options })
     }
 
+    /// One launch, with numbers as the launcher gives them.
     fn run(&self, case: Case, mask: Mask, inputs: &Inputs) -> Found {
         let Case {
             rows,

@@ -68,6 +68,12 @@ struct Arguments {
   char** arguments;
   Arguments(int count, char** arguments) : count(count), arguments(arguments) {}
   double operator()() { return next < count ? strtod(arguments[next++], nullptr) : (fail("too few arguments"), 0.); }
+  // A mask.
+  Dropout dropout() {
+    Dropout dropout;
+    dropout.step = (*this)(), dropout.seed = (*this)(), dropout.site = (*this)(), dropout.threshold = (*this)(), dropout.scale = (*this)();
+    return dropout;
+  }
 };
 // From the standard input.
 template <class V>

@@ -28,7 +28,7 @@ int main(int count, char** arguments) {
   Arguments number(count, arguments);
   rows = number(), cols = number(), ranks = number(), early = number();
   std::fill(scales.of, scales.of + 64, (float)number());
-  dropout.step = number(), dropout.seed = number(), dropout.site = number(), dropout.threshold = number(), dropout.scale = number();
+  dropout = number.dropout();
   int lda = (cols + 63) / 64 * 64;
   auto x = read<T>((size_t)rows * cols), a = read<T>((size_t)ranks * lda);
   s.assign((size_t)rows * ranks, 0xffff);

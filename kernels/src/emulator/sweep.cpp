@@ -14,6 +14,7 @@
 #include "../cuda/bits.cuh"
 
 #include "wgmma.hpp"
+#include "bits.hpp"
 #include "launch.hpp"
 
 #include "../cuda/cluster_sum.cuh"
@@ -30,21 +31,12 @@ static std::vector<float> part;
 
 static void run() { sweep(z_map, p_map, q_map, s.data(), part.data(), rows, cols, RT, block_rows, group, scales, dropout, bits, next_map, s_map, next); }
 
-// What `store_bits` makes of a matrix.
-static std::vector<u32> bits_of_matrix(int rows, int cols, bool drawn) {
-  int units = (rows + 31) / 32 * ((cols + 127) / 128);
-  std::vector<u32> keep((size_t)units * 32 * 4, 0xdeadbeef);
-  for (int unit = 0; drawn && unit < units; ++unit)
-    for (int lane = 0; lane < WARP; ++lane) store_bits(dropout, keep.data(), unit, rows, cols, lane);
-  return keep;
-}
-
 int main(int count, char** arguments) {
   Arguments number(count, arguments);
   rows = number(), cols = number(), block_rows = number(), group = number(), next.cols = number(), next.first_col = number();
   float scale = number();
   for (int i = 0; i < 64; ++i) scales.of[i] = scale * (i + 1);
-  dropout.step = number(), dropout.seed = number(), dropout.site = number(), dropout.threshold = number(), dropout.scale = number();
+  dropout = number.dropout();
 
   int p_cols = (cols + 7) / 8 * 8, blocks = (rows + block_rows - 1) / block_rows;
   auto z = read<T>((size_t)rows * cols), q = read<T>((size_t)rows * RT), p = read<T>(DOWN ? (size_t)RT * p_cols : 0), x = read<T>(NEXT ? (size_t)rows * next.cols : 0);
@@ -56,11 +48,12 @@ int main(int count, char** arguments) {
   next_map = {x.data(), rows, next.cols, next.cols, LOAD_ROWS}, s_map = {s.data(), rows, RT, RT, STRIP, 2, RT * 2};
   // Those of z are given, those of the other matrix are drawn.
   int bits_cols = BITS ? next.cols : cols;
-  auto keep = bits_of_matrix(rows, bits_cols, DROPOUT == 2);
+  auto expected = bits_of_matrix(dropout, rows, bits_cols), keep = expected;
+  if (BITS) std::fill(keep.begin(), keep.end(), NOT_STORED);
   bits = {keep.data(), rows, bits_cols, dropout};
 
   launch(run, {(u32)(group * blocks), 1}, THREADS, DOWN ? group : 1);
-  if (BITS && keep != bits_of_matrix(rows, bits_cols, true)) fail("bits that are drawn are wrong");
+  if (keep != expected) fail("bits that are drawn are wrong");
   write(s), write(part), write(next_part);
   return 0;
 }

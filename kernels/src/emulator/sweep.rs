@@ -2,7 +2,9 @@
 
 use half::bf16;
 
-use super::{Program, SCALE, SEED, bytes, dropout, is_close, numbers, random};
+use super::{
+    Program, SCALE, SEED, across, bytes, dropout, is_close, is_close_sum, numbers, random,
+};
 
 /// The kernel's options.
 #[derive(Clone, Copy, Debug)]
@@ -95,11 +97,10 @@ fn check(options: Options, case: Case) {
     let z = apply(&z, factors(masked > 0, cols));
     let check_sums =
         |what: &str, part: &[f32], q: &[bf16], z: &[f64], cols: usize, first: usize| {
+            let sums = across(q, ranks, z, cols);
             for j in 0..ranks {
                 for col in first..cols {
-                    let expected: f64 = (0..rows)
-                        .map(|row| q[row * ranks + j].to_f64() * z[row * cols + col])
-                        .sum();
+                    let expected = sums[j * cols + col];
                     let found: f64 = part
                         .iter()
                         .skip(j * cols + col)
@@ -107,7 +108,7 @@ fn check(options: Options, case: Case) {
                         .map(|&part| f64::from(part))
                         .sum();
                     assert!(
-                        (found - expected).abs() <= 1e-4 * (1.0 + expected.abs()),
+                        is_close_sum(found, expected),
                         "{options:?} {case:?}: {what} [{j}, {col}] is {found} instead of {expected}"
                     );
                 }

@@ -76,7 +76,7 @@ template <bool ACROSS>
 void wgmma(float (&d)[128], u64 left, u64 right, int accumulate) {
   ask_product_of_shared([=, to = &d[0]] { multiply_shared<false, ACROSS>(to, 256, left, right, accumulate); });
 }
-inline void wgmma_fence() {}
+inline void wgmma_fence() {}  // no product is done before what a thread wrote to its registers
 inline void wgmma_commit() { running->products.emplace_back(); }
 // The threads of a warpgroup multiply together.
 template <int PENDING>

@@ -1,8 +1,6 @@
 //! The gradients that are made beside the tiles, against f64.
 
-use half::bf16;
-
-use super::super::dropout;
+use super::super::{across, dropout, is_close_sum};
 use super::cases::BACKWARD;
 use super::{Case, Emulator, Found, Inputs, Options, SPLITS, SUM_COLS, UNUSED_RANKS};
 
@@ -22,16 +20,21 @@ impl Emulator {
         let (dropout, _) = dropout(masked);
         let close = |what: &str, at: [usize; 2], found: f32, expected: f64| {
             assert!(
-                (f64::from(found) - expected).abs() <= 1e-4 * (1.0 + expected.abs()),
+                is_close_sum(found.into(), expected),
                 "{:?} {case:?}: {what} {at:?} is {found} instead of {expected}",
                 self.options
             );
         };
         let rank = ranks - UNUSED_RANKS;
-        let db = product(&inputs.s, ranks, &inputs.x, depth, |_, _| true);
+        let x: Vec<f64> = inputs.x.iter().map(|x| x.to_f64()).collect();
         // The scale is in dS.
-        let kept = |row: usize, col| dropout.factor(row as u64, col, cols) != 0.0;
-        let da = product(&found.s, ranks, &inputs.xs, cols, kept);
+        let kept = |at: usize| dropout.factor((at / cols) as u64, at % cols, cols) != 0.0;
+        let xs = inputs.xs.iter().enumerate();
+        let xs: Vec<f64> = xs
+            .map(|(at, x)| if kept(at) { x.to_f64() } else { 0.0 })
+            .collect();
+        let db = across(&inputs.s, ranks, &x, depth);
+        let da = across(&found.s, ranks, &xs, cols);
         for j in 0..rank {
             for col in 0..depth {
                 close("dB", [col, j], b[col * rank + j], db[j * depth + col]);
@@ -53,28 +56,6 @@ impl Emulator {
             }
         }
     }
-}
-
-/// qᵀ · z of what is kept of z: `[ranks, cols]`.
-fn product(
-    q: &[bf16],
-    ranks: usize,
-    z: &[bf16],
-    cols: usize,
-    kept: impl Fn(usize, usize) -> bool,
-) -> Vec<f64> {
-    let mut sums = vec![0.0; ranks * cols];
-    for (row, (q, z)) in q.chunks(ranks).zip(z.chunks(cols)).enumerate() {
-        let z: Vec<f64> = (0..cols)
-            .map(|col| if kept(row, col) { z[col].to_f64() } else { 0.0 })
-            .collect();
-        for (sums, q) in sums.chunks_mut(cols).zip(q) {
-            for (sum, z) in sums.iter_mut().zip(&z) {
-                *sum += q.to_f64() * z;
-            }
-        }
-    }
-    sums
 }
 
 fn check(options: Options, cases: &[(usize, usize, usize, usize, usize)]) {
